@@ -1,0 +1,425 @@
+"""Data sets, partitions, batches and random streams.  A leaf: knows nothing of models.
+
+In reading order: random streams; loading (digits, torchvision's data sets, any .npz); partitions of
+the training images among clients and shares of the test images; what turns uint8 images into
+network input, and the batches of one client.
+
+Images are uint8 tensors (N, C, 32, 32), labels int64 (N,).  A client is an index into them: nothing
+is ever copied per client, and there is no loader between the tensors and the network.
+"""
+
+import os
+import pickle
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torchvision.transforms.functional import resize
+
+IMAGE_SIZE = 32  # pixels; both papers resize every image to 32x32
+DATASETS = ("digits", "svhn", "cifar10", "cifar100", "emnist", "fashionmnist")
+MIN_IMAGES = 10  # a client under the Dirichlet partition; the usual rule of the field
+MAX_REDRAWS = 10_000  # of a Dirichlet partition, before giving up
+
+# What a random stream is for.  The numbers enter every seed, so they are part of every result:
+# append new ones, never renumber.
+(SUBSET, PARTITION, TEST_SHARES, INITIAL_WEIGHTS, PARTICIPANTS, SPEEDS, BATCHES, AUGMENTATION,
+ FEATURE_BATCH, FEATURE_POOL, NOISE, FEATURE_NOISE) = range(12)
+
+
+class Dataset(NamedTuple):
+    """Images as uint8 (N, C, 32, 32), labels as int64 (N,), class names in the order of the labels."""
+
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    classes: list[str]
+
+
+class ClientData(NamedTuple):
+    """The training images of one client: an index into the images that all clients share."""
+
+    images: Tensor  # (N, C, 32, 32) uint8, everybody's
+    labels: Tensor  # (N,) int64, everybody's
+    indices: Tensor  # (n_k,) int64, this client's
+    prepare: Callable[[Tensor], Tensor]  # uint8 images to network input
+
+
+# ------------------------------------------------------------------------------- random streams
+
+
+def numpy_stream(seed: int, purpose: int, round: int = 0, client: int = 0) -> np.random.Generator:
+    """A numpy generator of its own for one purpose, round and client."""
+    return np.random.default_rng(np.random.SeedSequence([seed, purpose, round, client]))
+
+
+def torch_stream(seed: int, purpose: int, round: int = 0, client: int = 0) -> torch.Generator:
+    """A torch generator (CPU) of its own for one purpose, round and client.
+
+    Because no two purposes share a stream, a method that draws more than another still sees the
+    same participants, batches and initial weights.
+    """
+    state = np.random.SeedSequence([seed, purpose, round, client]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+# -------------------------------------------------------------------------------------- loading
+
+
+def load(dataset: str, data_dir: str | Path = "data") -> Dataset:
+    """Load a data set by name, or a user's own from the path of an .npz file.
+
+    digits needs no download.  The others come through torchvision into data_dir at first use, where
+    its checksums are verified, and are then kept there as one uint8 .npz, so that a second start
+    reads a single file.  Raises ValueError with one line that says what is wrong and what to do.
+    """
+    if dataset == "digits":
+        return read_digits()
+    if dataset in DATASETS:
+        cache = Path(data_dir) / f"{dataset}-{IMAGE_SIZE}x{IMAGE_SIZE}.npz"
+        if not cache.exists():
+            write_npz(cache, download(dataset, data_dir))
+        return read_npz(cache)
+    if not dataset.endswith(".npz"):
+        raise ValueError(f"unknown dataset '{dataset}': choose one of {', '.join(DATASETS)}, "
+                         "or give the path of an .npz file")
+    data = read_npz(dataset)
+    for label, count in enumerate(data.y_train.bincount(minlength=len(data.classes)).tolist()):
+        if count == 0:
+            raise ValueError(f"{dataset}: class {label} ('{data.classes[label]}') has no training "
+                             "image; number the classes 0, 1, 2, ... without gaps")
+    return data
+
+
+def read_digits() -> Dataset:
+    """scikit-learn's 1,797 handwritten digits (8x8, 16 gray levels), split 1,437 / 360 once for all."""
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    train, test = train_test_split(np.arange(len(images)), test_size=360, random_state=0,
+                                   stratify=digits.target)
+    x, y = to_images(images), torch.from_numpy(digits.target.astype(np.int64))
+    return Dataset(x[train], y[train], x[test], y[test], [str(name) for name in digits.target_names])
+
+
+def download(dataset: str, data_dir: str | Path) -> Dataset:
+    """Fetch one of torchvision's data sets into data_dir, or find it there, and verify it.
+
+    SVHN is its train split alone (73,257 images).  EMNIST is the letters split: labels 0..25, the
+    images turned upright (the files store them transposed).
+    Raises ValueError if it can be neither downloaded nor verified.
+    """
+    sets, root = torchvision.datasets, str(data_dir)
+    try:
+        if dataset == "svhn":
+            train, test = (sets.SVHN(root, split, download=True) for split in ("train", "test"))
+            return from_arrays(train.data.transpose(0, 2, 3, 1), train.labels,
+                               test.data.transpose(0, 2, 3, 1), test.labels,
+                               [str(digit) for digit in range(10)])
+        if dataset == "emnist":
+            train, test = (sets.EMNIST(root, "letters", train=t, download=True) for t in (True, False))
+            return from_arrays(train.data.transpose(1, 2).numpy(), train.targets.numpy() - 1,
+                               test.data.transpose(1, 2).numpy(), test.targets.numpy() - 1,
+                               [chr(ord("a") + letter) for letter in range(26)])
+        kind = {"cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100,
+                "fashionmnist": sets.FashionMNIST}[dataset]
+        train, test = (kind(root, train=t, download=True) for t in (True, False))
+        return from_arrays(np.asarray(train.data), np.asarray(train.targets),
+                           np.asarray(test.data), np.asarray(test.targets), train.classes)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{dataset} could not be loaded into '{root}' ({first_line(error)}): check "
+                         "the connection, or put the original files there (--data-dir)") from error
+
+
+def read_npz(path: str | Path) -> Dataset:
+    """Read and check an .npz with x_train, y_train, x_test, y_test and optionally classes.
+
+    Images: N x H x W (gray) or N x H x W x C with C 1 or 3; integers in 0..255, or floats in 0..1.
+    Labels: integers, one an image, 0 to the number of classes less one.  Nothing is unpickled.
+    Raises ValueError with one line that names the file and what is wrong with it.
+    """
+    arrays = {}
+    try:
+        if Path(path).exists() and not zipfile.is_zipfile(path):
+            raise ValueError("not an .npz archive")
+        with np.load(path, allow_pickle=False) as archive:
+            for name in archive.files:
+                if name in (*Dataset._fields,):
+                    arrays[name] = archive[name]
+    except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error,
+            NotImplementedError) as error:
+        raise ValueError(f"{path} cannot be read ({first_line(error)}): expected an .npz written by "
+                         "numpy.savez with plain numeric arrays") from error
+    missing = [name for name in Dataset._fields[:4] if name not in arrays]
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)}: it must hold x_train, y_train, x_test "
+                         "and y_test, and may hold classes")
+    try:
+        return from_arrays(*(arrays.get(name) for name in Dataset._fields))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_npz(path: Path, data: Dataset) -> None:
+    """Write a data set as the .npz that read_npz reads; a file half written never gets the name."""
+    temporary = path.with_suffix(".tmp")
+    images = {name: getattr(data, name).permute(0, 2, 3, 1).numpy() for name in ("x_train", "x_test")}
+    with open(temporary, "wb") as file:
+        np.savez(file, **images, y_train=data.y_train.numpy(), y_test=data.y_test.numpy(),
+                 classes=np.array(data.classes))
+    os.replace(temporary, path)
+
+
+def from_arrays(x_train, y_train, x_test, y_test, classes=None) -> Dataset:
+    """Check arrays of the layout that read_npz describes and make a Dataset of 32x32 images of them.
+
+    Raises ValueError that names the array and what is wrong with it.
+    """
+    check_labels("y_train", y_train, len(x_train))
+    if classes is None:
+        classes = range(int(y_train.max()) + 1)
+    names = [str(name) for name in np.asarray(classes).reshape(-1)]
+    if len(names) < 2:
+        raise ValueError(f"there must be at least two classes, not {len(names)}")
+    for part, labels, images in (("train", y_train, x_train), ("test", y_test, x_test)):
+        check_images(f"x_{part}", images)
+        check_labels(f"y_{part}", labels, len(images))
+        if labels.max() >= len(names):
+            raise ValueError(f"y_{part} holds label {labels.max()}, but there are {len(names)} "
+                             f"classes, so labels must lie in 0..{len(names) - 1}")
+    tensors = [to_images(x_train), torch.from_numpy(y_train.astype(np.int64)),
+               to_images(x_test), torch.from_numpy(y_test.astype(np.int64))]
+    if tensors[0].shape[1] != tensors[2].shape[1]:
+        raise ValueError("x_train and x_test must have the same number of channels, not "
+                         f"{tensors[0].shape[1]} and {tensors[2].shape[1]}")
+    return Dataset(*tensors, names)
+
+
+def check_images(name: str, images: np.ndarray) -> None:
+    """Raise ValueError unless the array is a non-empty batch of gray or colour images."""
+    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
+        raise ValueError(f"{name} has shape {images.shape}; expected N x H x W or N x H x W x C "
+                         "with C 1 or 3 (channels last)")
+    if images.size == 0:
+        raise ValueError(f"{name} is empty")
+    if images.dtype.kind not in "uif":
+        raise ValueError(f"{name} has dtype {images.dtype}; expected uint8, or floats in 0..1")
+    top = 1 if images.dtype.kind == "f" else 255
+    if not np.isfinite(images).all():
+        raise ValueError(f"{name} holds NaN or infinite pixels")
+    if images.min() < 0 or images.max() > top:
+        raise ValueError(f"{name} holds pixels from {images.min()} to {images.max()}; "
+                         f"{images.dtype} images must lie in 0..{top}")
+
+
+def check_labels(name: str, labels: np.ndarray, count: int) -> None:
+    """Raise ValueError unless the array is one non-negative integer for each of count images."""
+    if labels.ndim != 1 or labels.dtype.kind not in "ui":
+        raise ValueError(f"{name} must be one integer an image, not {labels.dtype} of shape {labels.shape}")
+    if len(labels) != count:
+        raise ValueError(f"{name} has {len(labels)} labels for {count} images")
+    if len(labels) == 0:
+        raise ValueError(f"{name} is empty")
+    if labels.min() < 0:
+        raise ValueError(f"{name} holds label {labels.min()}; labels start at 0")
+
+
+def to_images(array: np.ndarray) -> Tensor:
+    """Images (N, H, W) or (N, H, W, C), 0..255 or floats in 0..1, as uint8 (N, C, 32, 32)."""
+    if array.dtype.kind == "f":
+        array = np.rint(array * 255)
+    images = torch.from_numpy(np.ascontiguousarray(array.astype(np.uint8)))
+    images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
+    size = [IMAGE_SIZE, IMAGE_SIZE]
+    if list(images.shape[2:]) != size:  # in chunks, because resizing works in floats
+        images = torch.cat([resize(chunk, size, antialias=True) for chunk in images.split(1000)])
+    return images.contiguous()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+# ----------------------------------------------------------------------------------- partitions
+
+
+def balanced_subset(labels: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+    """Indices (count,) of a random subset with as equal class counts as the labels allow."""
+    order = rng.permutation(len(labels))
+    rank = np.empty(len(labels), dtype=np.int64)  # of an image among those of its class
+    shuffled = labels.numpy()[order]
+    for label in np.unique(shuffled):
+        members = order[shuffled == label]
+        rank[members] = np.arange(len(members))
+    by_rank = order[np.argsort(rank[order], kind="stable")]
+    return torch.from_numpy(np.sort(by_rank[:count]))
+
+
+def partition_iid(labels: Tensor, num_clients: int, rng: np.random.Generator) -> list[Tensor]:
+    """Split the images at random into num_clients parts whose sizes differ by one at most."""
+    return [torch.from_numpy(np.sort(part))
+            for part in np.array_split(rng.permutation(len(labels)), num_clients)]
+
+
+def partition_dirichlet(labels: Tensor, num_clients: int, alpha: float, rng: np.random.Generator,
+                        *, minimum: int = MIN_IMAGES, redraws: int = MAX_REDRAWS) -> list[Tensor]:
+    """Split each class among the clients in proportions drawn from a symmetric Dirichlet(alpha).
+
+    The whole split is redrawn until every client has at least minimum images.  A smaller alpha is a
+    stronger skew.  Raises ValueError if that takes more than redraws draws.
+    """
+    counts = labels.bincount().numpy()
+    for _ in range(redraws if len(labels) >= minimum * num_clients else 0):
+        shares = rng.dirichlet(np.full(num_clients, alpha), size=len(counts))
+        ends = np.rint(shares.cumsum(axis=1) * counts[:, None]).astype(np.int64)
+        ends[:, -1] = counts  # against rounding in the cumulative sum
+        if np.diff(ends, axis=1, prepend=0).sum(axis=0).min() >= minimum:
+            break
+    else:
+        raise ValueError(f"no Dirichlet({alpha:g}) split of {len(labels)} images gives each of "
+                         f"{num_clients} clients at least {minimum}: use fewer clients, more images "
+                         "or a larger --alpha")
+    parts = [[] for _ in range(num_clients)]
+    for label, cuts in enumerate(ends):
+        members = rng.permutation(np.flatnonzero(labels.numpy() == label))
+        for part, piece in zip(parts, np.split(members, cuts[:-1])):
+            part.append(piece)
+    return [torch.from_numpy(np.sort(np.concatenate(part))) for part in parts]
+
+
+def partition_pathological(labels: Tensor, num_clients: int, classes_per_client: int,
+                           rng: np.random.Generator) -> list[Tensor]:
+    """Give every client classes_per_client classes, and a class's images in equal parts to its holders.
+
+    Each client takes the classes with the fewest holders so far, ties at random, so that every class
+    has a holder whenever there are enough places; images of a class without one are left out.
+    Raises ValueError if a client would hold more classes than there are.
+    """
+    num_classes = int(labels.max()) + 1
+    if classes_per_client > num_classes:
+        raise ValueError(f"--classes-per-client {classes_per_client} is more than the "
+                         f"{num_classes} classes there are")
+    holders = [[] for _ in range(num_classes)]
+    for client in range(num_clients):
+        fewest_first = np.lexsort((rng.random(num_classes), [len(clients) for clients in holders]))
+        for label in fewest_first[:classes_per_client]:
+            holders[label].append(client)
+    parts = [[np.empty(0, dtype=np.int64)] for _ in range(num_clients)]
+    for label, clients in enumerate(holders):
+        members = rng.permutation(np.flatnonzero(labels.numpy() == label))
+        for client, piece in zip(clients, np.array_split(members, max(1, len(clients)))):
+            parts[client].append(piece)
+    return [torch.from_numpy(np.sort(np.concatenate(part))) for part in parts]
+
+
+def share_test(test_labels: Tensor, train_labels: Tensor, parts: list[Tensor],
+               rng: np.random.Generator) -> list[Tensor]:
+    """Share the test images out so that each client's test labels follow its training labels.
+
+    In each class the clients get test images in the proportions of their training images, by largest
+    remainders (ties to the lower id).  Test images of a class that nobody holds go to nobody.
+    """
+    num_classes = int(max(test_labels.max(), train_labels.max())) + 1
+    held = np.stack([train_labels[part].bincount(minlength=num_classes).numpy() for part in parts])
+    shares = [[np.empty(0, dtype=np.int64)] for _ in parts]
+    for label in range(num_classes):
+        members = rng.permutation(np.flatnonzero(test_labels.numpy() == label))
+        total = held[:, label].sum()
+        if total == 0:
+            continue
+        whole, remainder = np.divmod(held[:, label] * len(members), total)
+        favoured = np.argsort(-remainder, kind="stable")[: len(members) - whole.sum()]
+        whole[favoured] += 1
+        for share, piece in zip(shares, np.split(members, whole.cumsum()[:-1])):
+            share.append(piece)
+    return [torch.from_numpy(np.sort(np.concatenate(share))) for share in shares]
+
+
+# -------------------------------------------------------------------------------------- batches
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of uint8 images, each (C, 1, 1), in 0..255.
+
+    Counted from a histogram in integers, so that neither the order of the images nor the number of
+    threads shows in the last bit.  A channel that never varies gets the deviation 1.
+    """
+    levels = torch.arange(256, dtype=torch.float64)
+    means, deviations = [], []
+    for channel in images.unbind(dim=1):
+        share = channel.flatten().bincount(minlength=256).cpu().double() / channel.numel()
+        mean = (share * levels).sum()
+        means.append(mean)
+        deviations.append((share * (levels - mean) ** 2).sum().sqrt())
+    mean, deviation = torch.stack(means), torch.stack(deviations)
+    deviation[deviation == 0] = 1
+    return mean.float().view(-1, 1, 1), deviation.float().view(-1, 1, 1)
+
+
+def standardise(images: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """uint8 images (B, C, H, W) as floats of zero mean and unit deviation per channel."""
+    return (images.float() - mean) / deviation
+
+
+class Augmentation(NamedTuple):
+    """Which random changes a training image undergoes."""
+
+    padding: int = 4  # pixels of black border before a random crop back to the old size
+    flip: bool = True  # left to right, for half of the images
+    hole: int = 16  # side of the square that Cutout blanks, pixels
+
+
+CHARACTERS = Augmentation(padding=0, flip=False)  # for SVHN, digits and letters: Cutout alone
+
+
+def augment(images: Tensor, mean: Tensor, deviation: Tensor, kind: Augmentation,
+            rng: torch.Generator) -> Tensor:
+    """Standardised images after a random crop, a random flip and Cutout (DeVries and Taylor, 2017).
+
+    images: (B, C, H, W) uint8.  Cutout's square, zero after standardisation, is centred anywhere in
+    the image and cut off at its border.
+    """
+    batch, _, height, width = images.shape
+
+    def draw(high: int) -> Tensor:
+        return torch.randint(high, (batch, 1), generator=rng).to(images.device)
+
+    rows, columns = (torch.arange(n, device=images.device) for n in (height, width))
+    source_rows = rows + (draw(2 * kind.padding + 1) if kind.padding else 0)
+    source_columns = columns + (draw(2 * kind.padding + 1) if kind.padding else 0)
+    source_rows, source_columns = source_rows.expand(batch, -1), source_columns.expand(batch, -1)
+    if kind.flip:
+        source_columns = torch.where(draw(2).bool(), source_columns.flip(1), source_columns)
+    padded = F.pad(images, [kind.padding] * 4).transpose(0, 1)  # (C, B, H + 2p, W + 2p)
+    which = torch.arange(batch, device=images.device).view(-1, 1, 1)
+    changed = padded[:, which, source_rows[:, :, None], source_columns[:, None, :]].transpose(0, 1)
+    x = standardise(changed, mean, deviation)
+
+    top, left = draw(height) - kind.hole // 2, draw(width) - kind.hole // 2
+    in_rows = (rows >= top) & (rows < top + kind.hole)  # (B, H)
+    in_columns = (columns >= left) & (columns < left + kind.hole)  # (B, W)
+    return x.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
+
+
+def batches(data: ClientData, batch_size: int, epochs: int,
+            rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (x, y) of a client's images, shuffled anew each epoch.
+
+    A last batch of a single image is left out: batch normalisation in training mode cannot work on
+    one value a channel, and at 32x32 the last stage of the ResNets is 1x1.
+    """
+    for _ in range(epochs):
+        order = torch.randperm(len(data.indices), generator=rng).to(data.indices.device)
+        for chosen in data.indices[order].split(batch_size):
+            if len(chosen) > 1:
+                yield data.prepare(data.images[chosen]), data.labels[chosen]

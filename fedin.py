@@ -1,0 +1,254 @@
+"""FedIN: federated intermediate-layers learning for heterogeneous architectures.
+
+Anonymous authors, FedIN: Federated Intermediate Layers Learning for Model Heterogeneity (under
+double-blind review).  Equation and section numbers below are this paper's.
+
+In reading order: the two pieces of mathematics (gradient alleviation, Eq. 8-13; noise, Sec. 4.3),
+then one round: what the server sends, what a client does with it, what the server keeps.
+
+symbol            name                shape
+x, y              x, y                (B, C, 32, 32), (B,)
+s_in, s_out       s_in, s_out         (B, 64, 8, 8), (B, 512, 1, 1) for the ResNets
+S                 features            rows of (s_in, s_out) from other clients
+w_e, w_in, w_c    model.extractor, model.intermediate, model.classifier
+G_local, G_IN, Z  local, inner, combined gradients by name of the weight
+mu                mu                  weight of the proximal term; the paper prints mu/2 = 0.05
+lambda            multiplier          of G_local in Eq. 13
+
+FedIN without IN training is FedProx under the same average (Table 2b and Table 1 agree on it).
+"""
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from baselines import (Client, Result, Stream, add_proximal_gradient, fedavg_init,
+                       fedavg_server_update, reset)
+from data import BATCHES, FEATURE_BATCH, FEATURE_NOISE, FEATURE_POOL, NOISE, ClientData, batches
+from models import State, copy_state, layerwise_average
+
+MU = 0.1  # mu, Sec. 5.1: "mu/2 ... is 0.05"
+MULTIPLIER = 1.0  # lambda, Sec. 4.2
+NOISE_LEVEL = 0.8  # of FedIN (+Noise), in standard deviations of the features, Sec. 4.3
+FEATURE_BATCH_SIZE = 16  # |S|, Sec. 5.4 and Fig. 6c
+FEATURE_BATCHES = 1  # "sample number", Fig. 6d
+
+Features = tuple[Tensor, Tensor]  # (s_in, s_out), one row a sample
+
+
+class Received(NamedTuple):
+    """What the server sends to a client."""
+
+    weights: State
+    features: Features | None  # S; None where there is none to be had, as in round 1
+
+
+class Update(NamedTuple):
+    """What a client sends to the server."""
+
+    weights: State
+    num_samples: int  # n_k
+    features: Features | None  # its own, made after local training
+
+
+# ------------------------------------------------------------- gradient alleviation (Section 4.2)
+
+
+def project_gradient(inner: Tensor, local: Tensor) -> Tensor:
+    """The point nearest to G_IN that does not oppose G_local (Eq. 12, the solution of Eq. 9).
+
+    Z = G_IN                    if b >= 0
+    Z = G_IN - (b/a) G_local    if b < 0,   with a = <G_local, G_local>, b = <G_local, G_IN>
+    inner, local: G_IN and G_local of one weight, of equal shape, as Z
+    Note that G_local has no share in Z at all where the two agree (b >= 0).
+    """
+    a = (local * local).sum()
+    b = (local * inner).sum()
+    # Clamped rather than branched on, so that nothing waits for the device; b < 0 implies a > 0,
+    # and the smallest normal float keeps 0/0 out where G_local is zero.
+    step = b.clamp(max=0) / a.clamp(min=torch.finfo(a.dtype).tiny)
+    return inner - step * local
+
+
+def project_gradients(inner: Mapping[str, Tensor], local: Mapping[str, Tensor], *,
+                      whole: bool = False) -> dict[str, Tensor]:
+    """Eq. 12 for the intermediate layers: weight by weight, or for all of them as one vector.
+
+    inner: name -> G_IN;  local: name -> G_local, with at least the names of inner
+    """
+    if not whole:
+        return {name: project_gradient(inner[name], local[name]) for name in inner}
+    combined = project_gradient(torch.cat([inner[name].flatten() for name in inner]),
+                                torch.cat([local[name].flatten() for name in inner]))
+    pieces = combined.split([gradient.numel() for gradient in inner.values()])
+    return {name: piece.view_as(inner[name]) for name, piece in zip(inner, pieces)}
+
+
+# ------------------------------------------------------------------------ noise (Section 4.3)
+
+
+def add_noise(s: Tensor, level: float, rng: torch.Generator, *, per_channel: bool = False) -> Tensor:
+    """s + level z with z ~ N(0, sigma^2), where sigma is the standard deviation of s itself.
+
+    sigma is taken over the whole tensor, or over each channel, and carries no gradient.
+    level: in units of sigma; at 0 nothing is drawn and s itself is returned
+    """
+    if level == 0:
+        return s
+    over = [dim for dim in range(s.ndim) if dim != 1] if per_channel else None
+    sigma = s.detach().std(dim=over, keepdim=True)
+    z = torch.randn(s.shape, generator=rng).to(s.device)
+    return s + level * sigma * z
+
+
+# ----------------------------------------------------------------------------------- one round
+
+
+def fedin_init(weights: dict[str, State]) -> dict:
+    """The server's state: global weights, and a pool of features that is empty before round 1."""
+    return {**fedavg_init(weights), "pool": {}}
+
+
+def fedin_download(server: dict, client: Client, stream: Stream, *,
+                   feature_batch_size: int = FEATURE_BATCH_SIZE,
+                   feature_batches: int = FEATURE_BATCHES, one_owner: bool = False) -> Received:
+    """Global weights, and feature_batches batches of features of other clients, never its own (Sec. 4.1).
+
+    The rows are drawn without replacement from all that the others sent in the round before, which
+    mixes owners and architectures, or with one_owner from those of a single other client.
+    """
+    weights, pool = server["weights"][client.arch], server["pool"]
+    if not pool:
+        return Received(weights, None)
+    rng = stream(FEATURE_POOL)
+    others = pool["owner"] != client.id
+    if one_owner and others.any():
+        owners = pool["owner"][others].unique()
+        others = pool["owner"] == owners[torch.randint(len(owners), (), generator=rng)]
+    rows = others.nonzero().flatten()
+    if len(rows) == 0:
+        return Received(weights, None)
+    rows = rows[torch.randperm(len(rows), generator=rng)[: feature_batch_size * feature_batches]]
+    return Received(weights, (pool["s_in"][rows], pool["s_out"][rows]))
+
+
+def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Received, data: ClientData,
+                        stream: Stream, *, local_epochs: int, batch_size: int, mu: float = MU,
+                        noise: float = 0.0, projection: str = "simplified",
+                        feature_batch_size: int = FEATURE_BATCH_SIZE,
+                        feature_batches: int = FEATURE_BATCHES, multiplier: float = MULTIPLIER,
+                        noise_in_training: bool = True, in_statistics: str = "batch and running",
+                        whole: bool = False) -> Result:
+    """Local training and IN training together, then one upload of features (Sec. 4.1 and 4.2).
+
+    projection: how G_IN and G_local become Z: "simplified" (Eq. 13), "exact" (Eq. 12 on the
+        intermediate layers, G_local elsewhere) or "sum" (G_IN + G_local, "w/o Opt" in Table 2b)
+    multiplier: lambda of Eq. 13
+    noise: level in standard deviations of the features (Sec. 4.3)
+    noise_in_training: noise inside the forward pass too, or on the features sent alone
+    in_statistics: what batch normalisation does with other clients' features in IN training:
+        "batch and running" (plain training mode), "batch" (running statistics unmoved) or "running"
+    whole: Eq. 12 on all intermediate layers as one vector, or weight by weight
+    Without features to learn from, the loss is l_local with coefficient 1: this is then FedProx.
+    """
+    reset(model, optimizer, received.weights)
+    rng = stream(NOISE)
+    level = noise if noise_in_training else 0.0
+    pairs = feature_pairs(received.features, feature_batch_size)
+    local_share = {"simplified": multiplier / 2, "exact": 1.0, "sum": 1.0}[projection]
+    loss_sum, samples = 0.0, 0
+    for step, (x, y) in enumerate(batches(data, batch_size, local_epochs, stream(BATCHES))):
+        s_in = add_noise(model.extractor(x), level, rng)  # Eq. 4
+        s_out = add_noise(model.intermediate(s_in), level, rng)  # Eq. 5
+        l_ce = F.cross_entropy(model.classifier(s_out), y)  # Eq. 6; first term of Eq. 3
+        optimizer.zero_grad()
+        if not pairs:
+            l_ce.backward()
+            add_proximal_gradient(model, received.weights, mu)  # second term of Eq. 3
+        else:
+            theirs_in, theirs_out = pairs[step % len(pairs)]
+            with normalisation(model.intermediate, in_statistics):
+                l_in = F.mse_loss(model.intermediate(theirs_in), theirs_out)  # Eq. 7
+            if projection == "exact":
+                l_ce.backward()
+                add_proximal_gradient(model, received.weights, mu)
+                set_projected_gradients(model.intermediate, l_in, whole)  # Eq. 12
+            else:  # G_IN is zero outside the intermediate layers, so Eq. 13 is one backward pass
+                (l_in + local_share * l_ce).backward()
+                add_proximal_gradient(model, received.weights, local_share * mu)
+        optimizer.step()
+        loss_sum, samples = loss_sum + l_ce.detach() * len(y), samples + len(y)
+
+    weights = copy_state(model)
+    features = None
+    if feature_batches > 0:
+        features = own_features(model, data, feature_batch_size * feature_batches, stream, noise,
+                                noise_in_forward=noise_in_training)
+    return Result(Update(weights, len(data.indices), features), float(loss_sum), samples)
+
+
+def feature_pairs(features: Features | None, batch_size: int) -> list[Features]:
+    """Features as batches; a last one of a single row is left out (batch normalisation, see batches)."""
+    if features is None:
+        return []
+    pairs = zip(*(tensor.split(batch_size) for tensor in features))
+    return [pair for pair in pairs if len(pair[0]) > 1]
+
+
+@contextmanager
+def normalisation(intermediate: nn.Module, statistics: str):
+    """Batch normalisation for IN training; see in_statistics of fedin_client_update."""
+    layers = [m for m in intermediate.modules() if isinstance(m, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.train(statistics != "running")
+        layer.track_running_stats = statistics != "batch"
+    yield
+    for layer in layers:
+        layer.train()
+        layer.track_running_stats = True
+
+
+def set_projected_gradients(intermediate: nn.Module, l_in: Tensor, whole: bool) -> None:
+    """Replace the gradients G_local that the intermediate layers hold by Z of Eq. 12."""
+    parameters = dict(intermediate.named_parameters())
+    inner = dict(zip(parameters, torch.autograd.grad(l_in, list(parameters.values()))))
+    local = {name: parameter.grad for name, parameter in parameters.items()}
+    for name, gradient in project_gradients(inner, local, whole=whole).items():
+        parameters[name].grad = gradient
+
+
+@torch.no_grad()
+def own_features(model: nn.Module, data: ClientData, count: int, stream: Stream, noise: float, *,
+                 noise_in_forward: bool = True, training: bool = False) -> Features:
+    """The features (s_in, s_out) of count of the client's own training images (Eq. 4 and 5).
+
+    Made after local training, in evaluation mode, or with training in training mode (the model's
+    running statistics are then moved; it is scratch).  A client with fewer images sends them all.
+    noise: what is sent carries it; with noise_in_forward s_out is computed from the noisy s_in
+    """
+    model.train(training)
+    order = torch.randperm(len(data.indices), generator=stream(FEATURE_BATCH))[:count]
+    x = data.prepare(data.images[data.indices[order.to(data.indices.device)]])
+    rng = stream(FEATURE_NOISE)
+    s_in = model.extractor(x)
+    noisy_in = add_noise(s_in, noise, rng)
+    s_out = model.intermediate(noisy_in if noise_in_forward else s_in)
+    return noisy_in, add_noise(s_out, noise, rng)
+
+
+def fedin_server_update(server: dict, updates: Mapping[int, Update], *,
+                        aggregation=layerwise_average, uniform: bool = False) -> dict:
+    """Average the weights as FedAvg does (Sec. 4.4), and pool the features for the next round."""
+    server = fedavg_server_update(server, updates, aggregation=aggregation, uniform=uniform)
+    sent = {k: updates[k].features for k in sorted(updates) if updates[k].features is not None}
+    if not sent:
+        return {**server, "pool": {}}
+    owner = torch.cat([torch.full((len(s_in),), k) for k, (s_in, _) in sent.items()])
+    return {**server, "pool": {"owner": owner,
+                               "s_in": torch.cat([s_in for s_in, _ in sent.values()]),
+                               "s_out": torch.cat([s_out for _, s_out in sent.values()])}}

@@ -1,0 +1,767 @@
+"""Train one federated method on one data set and write what came of it.
+
+    python run.py                                             FedIN on handwritten digits, a minute
+    python run.py --method fedavg --dataset cifar10 --setting quick
+    python run.py --resume --out runs/fedin-digits-0          go on where a run was stopped
+
+Reads from top to bottom: the methods and their settings, the command line, the set-up of a run,
+one round, evaluation, the files of a run, and at the end main().
+"""
+
+import argparse
+import inspect
+import json
+import math
+import os
+import pickle
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import baselines
+import data
+import fedin
+import models
+from baselines import Client
+
+# ----------------------------------------------------------------------- methods and settings
+
+
+class Method(NamedTuple):
+    """The functions of a method, as the docstring of baselines.py describes them."""
+
+    init: Callable
+    download: Callable
+    client_update: Callable
+    server_update: Callable
+    deploy: Callable
+    memory: Callable | None = None  # None: nothing stays on a device between rounds
+
+
+FEDAVG = Method(baselines.fedavg_init, baselines.fedavg_download, baselines.fedavg_client_update,
+                baselines.fedavg_server_update, baselines.fedavg_deploy)
+METHODS = {
+    "local": Method(baselines.fedavg_init, baselines.local_download, baselines.local_client_update,
+                    baselines.local_server_update, baselines.local_deploy, baselines.local_memory),
+    "fedavg": FEDAVG,
+    "fedprox": FEDAVG._replace(client_update=baselines.fedprox_client_update),
+    "fedin": FEDAVG._replace(init=fedin.fedin_init, download=fedin.fedin_download,
+                             client_update=fedin.fedin_client_update,
+                             server_update=fedin.fedin_server_update),
+}
+METHOD_DEFAULTS = {  # the flags that a method reads beside the common ones
+    "local": {},
+    "fedavg": {"aggregation": "layerwise"},
+    "fedprox": {"aggregation": "layerwise", "mu": baselines.FEDPROX_MU},
+    "fedin": {"aggregation": "layerwise", "mu": fedin.MU, "noise": 0.0, "projection": "simplified",
+              "feature_batch_size": fedin.FEATURE_BATCH_SIZE,
+              "feature_batches": fedin.FEATURE_BATCHES, "ablate": []},
+}
+AGGREGATIONS = {"layerwise": models.layerwise_average,
+                "per-architecture": models.per_architecture_average}
+ABLATIONS = {  # what each part of FedIN is set to when it is left out
+    "in": {"feature_batches": 0, "feature_batch_size": 0, "projection": "sum"},
+    "prox": {"mu": 0.0},
+    "opt": {"projection": "sum"},
+}
+
+SETTINGS = {
+    "fedin": {"clients": 100, "participation": 0.1, "rounds": 500, "local_epochs": 5,
+              "batch_size": 16, "optimizer": "adam", "lr": 1e-3, "partition": "dirichlet",
+              "alpha": 0.5, "model": "resnets", "eval_every": 5},
+    "apfl": {"clients": 10, "participation": 1.0, "rounds": 50, "local_epochs": 20,
+             "batch_size": 50, "optimizer": "adam", "lr": 2e-4, "partition": "dirichlet",
+             "alpha": 0.1, "model": "cnn", "eval_every": 1},
+    "quick": {"clients": 10, "participation": 0.5, "rounds": 10, "local_epochs": 2,
+              "batch_size": 16, "optimizer": "adam", "lr": 1e-3, "partition": "dirichlet",
+              "alpha": 0.5, "model": "resnets", "eval_every": 1},
+}
+APFL_METHODS = ("local",)  # methods of AP-FL's tables alone
+QUICK_APFL = {"participation": 1.0, "local_epochs": 5, "batch_size": 50, "model": "cnn"}
+MAY_CHANGE = ("rounds", "workers", "device", "data_dir")  # on --resume
+
+
+# ------------------------------------------------------------------------------- command line
+
+
+def number(kind: type, low: float, high: float = math.inf, *, open_low: bool = False) -> Callable:
+    """An argparse type: a finite number of a kind, from low (or above it) to high."""
+    bounds = f"{'above' if open_low else 'at least'} {low:g}" + (
+        f" and at most {high:g}" if math.isfinite(high) else "")
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value <= high) or (open_low and value == low):
+            noun = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {noun} {bounds}, not '{text}'")
+        return value
+
+    return convert
+
+
+def raise_usage_error(message: str) -> None:
+    """What argparse calls when the command line is wrong; main prints it as one line."""
+    raise ValueError(f"{message} (python run.py --help lists all flags)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line.  No flag has a default here: see resolve."""
+    top = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False, add_help=False,
+        argument_default=argparse.SUPPRESS, epilog="Values not given come from --setting, then from "
+        "the method. A flag that the run does not read is an error.")
+    top.error = raise_usage_error
+    count, size = number(int, 1), number(int, 2)
+    positive, weight = number(float, 0, open_low=True), number(float, 0)
+
+    group = top.add_argument_group("what to run")
+    group.add_argument("-h", "--help", action="help", help="print this and stop")
+    group.add_argument("--method", choices=METHODS, help="default fedin")
+    group.add_argument("--dataset", metavar="NAME|FILE.npz",
+                       help=f"{', '.join(data.DATASETS)}, or your own .npz (see README); default digits")
+    group.add_argument("--setting", choices=SETTINGS,
+                       help="fills in what is not given: quick takes a minute on digits; fedin and "
+                       "apfl are the papers' (FedIN Sec. 5.1, AP-FL Sec. 4.1). Default quick on "
+                       "digits, else the setting of the method's paper")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), help="of every random draw; default 0")
+
+    group = top.add_argument_group("federation (values of the papers: FedIN | AP-FL)")
+    group.add_argument("--clients", type=count, help="K: 100 | 5, 10")
+    group.add_argument("--participation", type=number(float, 0, 1, open_low=True),
+                       help="share of the clients drawn each round: 0.1 (not stated) | 1")
+    group.add_argument("--rounds", type=count, help="communication rounds: 500 | not stated")
+    group.add_argument("--local-epochs", type=count, help="epochs a client and round: 5 | 20")
+    group.add_argument("--batch-size", type=size, help="16 | 50")
+    group.add_argument("--optimizer", choices=("adam", "sgd"), help="adam | adam; new every round")
+    group.add_argument("--lr", type=positive, help="learning rate: 0.001 | 0.0002")
+    group.add_argument("--model", choices=models.MODELS,
+                       help="resnets = ResNet10/14/18/22/26, evenly by client id: resnets | cnn")
+    group.add_argument("--aggregation", choices=AGGREGATIONS,
+                       help="average layers of the same name across architectures (FedIN Sec. 4.4), "
+                       "or within each architecture alone (Table 3); default layerwise")
+    group.add_argument("--eval-every", type=count, help="rounds between evaluations; the last one counts too")
+
+    group = top.add_argument_group("data")
+    group.add_argument("--train-images", type=count, metavar="N",
+                       help="a class-balanced subset of the training images; default all")
+    group.add_argument("--partition", choices=("iid", "dirichlet", "pathological"),
+                       help="how the training images are split among the clients")
+    group.add_argument("--alpha", type=positive,
+                       help="of --partition dirichlet, smaller is more skewed: 0.5 | 0.01, 0.05, 0.1")
+    group.add_argument("--classes-per-client", type=count, metavar="N",
+                       help="gamma of --partition pathological; default 2")
+    group.add_argument("--augment", action="store_true",
+                       help="random crop, flip and Cutout; on digits and letters Cutout alone")
+    group.add_argument("--data-dir", help="where downloads are kept; default data")
+
+    group = top.add_argument_group("machine and files")
+    group.add_argument("--device", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
+    group.add_argument("--workers", type=count,
+                       help="clients trained at a time; default the cores on a CPU, 1 on a GPU")
+    group.add_argument("--threads", type=count, help="of each of them; default 1")
+    group.add_argument("--out", metavar="DIR", help="default runs/METHOD-DATASET-SEED")
+    group.add_argument("--resume", action="store_true",
+                       help="go on with the run in --out; --rounds may grow")
+    group.add_argument("--checkpoint-every", type=count, metavar="N", help="rounds; default 1")
+
+    group = top.add_argument_group("fedprox, fedin")
+    group.add_argument("--mu", type=weight, help="weight of the proximal term, Eq. 3, mu/2 = 0.05 in "
+                       f"FedIN; default {fedin.MU}, for fedprox in the apfl setting "
+                       f"{baselines.FEDPROX_MU_APFL}")
+    group = top.add_argument_group("fedin")
+    group.add_argument("--noise", type=weight, metavar="LEVEL", help="noise on the features, in their "
+                       f"standard deviations; FedIN (+Noise) is {fedin.NOISE_LEVEL}, Sec. 4.3; default 0")
+    group.add_argument("--projection", choices=("simplified", "exact", "sum"),
+                       help="gradient alleviation: Eq. 13, Eq. 12, or none; default simplified")
+    group.add_argument("--ablate", choices=ABLATIONS, nargs="+", action="extend",
+                       help="leave out IN training, the proximal term or the alleviation (Table 2b)")
+    group.add_argument("--feature-batch-size", type=size, metavar="N",
+                       help=f"rows of S, Fig. 6c; default {fedin.FEATURE_BATCH_SIZE}")
+    group.add_argument("--feature-batches", type=count, metavar="N",
+                       help=f"batches of S, Fig. 6d; default {fedin.FEATURE_BATCHES}")
+    return top
+
+
+def resolve(typed: dict) -> dict:
+    """Every setting of a run: its setting's values, its method's, what was typed; in this order.
+
+    Raises ValueError if something was typed that the run would not read.
+    """
+    method, dataset = typed.get("method", "fedin"), typed.get("dataset", "digits")
+    paper = "apfl" if method in APFL_METHODS else "fedin"
+    setting = typed.get("setting", "quick" if dataset == "digits" else paper)
+    settings = {"method": method, "dataset": dataset, "setting": setting, "seed": 0,
+                "train_images": None, "augment": False, "checkpoint_every": 1,
+                **SETTINGS[setting], **METHOD_DEFAULTS[method]}
+    if setting == "quick" and method in APFL_METHODS:
+        settings |= QUICK_APFL
+    if setting == "apfl" and method == "fedprox":
+        settings["mu"] = baselines.FEDPROX_MU_APFL
+    if dataset in data.DATASETS and dataset != "digits":
+        settings["data_dir"] = "data"
+    settings["partition"] = typed.get("partition", settings["partition"])
+    if settings["partition"] != "dirichlet":
+        del settings["alpha"]
+    elif "alpha" not in settings:
+        settings["alpha"] = 0.5
+    if settings["partition"] == "pathological":
+        settings["classes_per_client"] = 2
+    fixed = {}
+    for part in typed.get("ablate", ()):
+        fixed |= ABLATIONS[part]
+    settings |= fixed | {"device": default_device(), "workers": None, "threads": 1}
+
+    for name in typed:
+        if name not in settings or name in fixed:
+            why = {"alpha": f"with --partition {settings['partition']}",
+                   "classes_per_client": f"with --partition {settings['partition']}",
+                   "data_dir": f"with --dataset {dataset}"}.get(name, f"by --method {method}")
+            why = f"with --ablate {' '.join(typed['ablate'])}" if name in fixed else why
+            raise ValueError(f"--{name.replace('_', '-')} is not read {why}: leave it out")
+    settings |= typed
+    settings["device"] = str(find_device(settings["device"]))
+    if settings["workers"] is None:
+        on_cpu = settings["device"] == "cpu"
+        settings["workers"] = min(num_cores(), num_participants(settings)) if on_cpu else 1
+    return settings
+
+
+def default_device() -> str:
+    """A GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name.  Raises ValueError if there is none of that name on this machine."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by kind of device
+        raise ValueError(f"--device {name} cannot be used ({data.first_line(error)}): "
+                         f"try --device {default_device()}") from error
+    return device
+
+
+def num_cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def num_participants(settings: dict) -> int:
+    """Clients drawn a round."""
+    return max(1, round(settings["participation"] * settings["clients"]))
+
+
+# ---------------------------------------------------------------------------- set-up of a run
+
+
+class Experiment(NamedTuple):
+    """What stays the same through all rounds."""
+
+    settings: dict
+    method: Method
+    data: data.Dataset  # on the device
+    clients: list[Client]
+    test_shares: list[torch.Tensor]  # client -> indices of its test images
+    statistics: tuple[torch.Tensor, torch.Tensor]  # mean and deviation of the training images
+    speeds: np.ndarray  # images a client trains on in a unit of virtual time
+    scratch: threading.local  # each thread's reusable networks and optimisers
+
+    def stream(self, t: int, client: int) -> Callable[[int], torch.Generator]:
+        """The random streams of one client in one round, by purpose."""
+        return partial(data.torch_stream, self.settings["seed"], round=t, client=client)
+
+
+SPEED_SPREAD = 4.0  # the fastest client over the slowest, in virtual time
+
+
+def prepare_experiment(settings: dict) -> Experiment:
+    """Load and partition the data, and bind the method's functions to the settings.
+
+    Raises ValueError with one line that says what is wrong and what to do.
+    """
+    seed, num_clients = settings["seed"], settings["clients"]
+    loaded = data.load(settings["dataset"], settings.get("data_dir", "data"))
+    if settings["train_images"] is not None:
+        if settings["train_images"] > len(loaded.y_train):
+            raise ValueError(f"--train-images {settings['train_images']} is more than the "
+                             f"{len(loaded.y_train)} training images of {settings['dataset']}")
+        kept = data.balanced_subset(loaded.y_train, settings["train_images"],
+                                    data.numpy_stream(seed, data.SUBSET))
+        loaded = loaded._replace(x_train=loaded.x_train[kept], y_train=loaded.y_train[kept])
+
+    rng = data.numpy_stream(seed, data.PARTITION)
+    if settings["partition"] == "iid":
+        parts = data.partition_iid(loaded.y_train, num_clients, rng)
+    elif settings["partition"] == "dirichlet":
+        parts = data.partition_dirichlet(loaded.y_train, num_clients, settings["alpha"], rng)
+    else:
+        parts = data.partition_pathological(loaded.y_train, num_clients,
+                                            settings["classes_per_client"], rng)
+    for k, part in enumerate(parts):
+        if len(part) < 2:
+            raise ValueError(f"{len(loaded.y_train)} training images leave client {k} with "
+                             f"{len(part)}, and each needs two: use fewer --clients or more images")
+    shares = data.share_test(loaded.y_test, loaded.y_train, parts,
+                             data.numpy_stream(seed, data.TEST_SHARES))
+
+    device = torch.device(settings["device"])
+    on_device = loaded._replace(**{name: getattr(loaded, name).to(device)
+                                   for name in ("x_train", "y_train", "x_test", "y_test")})
+    everyone = torch.cat(parts)
+    mean, deviation = data.channel_statistics(loaded.x_train[everyone])
+    archs = models.MODELS[settings["model"]]
+    clients = [Client(k, part.to(device), models.architecture_of(k, num_clients, archs))
+               for k, part in enumerate(parts)]
+    speeds = SPEED_SPREAD ** data.numpy_stream(seed, data.SPEEDS).uniform(size=num_clients)
+    return Experiment(settings, bind(METHODS[settings["method"]], settings), on_device, clients,
+                      [share.to(device) for share in shares],
+                      (mean.to(device), deviation.to(device)), speeds, threading.local())
+
+
+def bind(method: Method, settings: dict) -> Method:
+    """The method with every keyword argument of its functions that is also a setting filled in."""
+    values = settings | {"aggregation": AGGREGATIONS.get(settings.get("aggregation"))}
+
+    def fill(function):
+        if function is None:
+            return None
+        keywords = [name for name, parameter in inspect.signature(function).parameters.items()
+                    if parameter.kind is parameter.KEYWORD_ONLY]
+        return partial(function, **{name: values[name] for name in keywords if name in values})
+
+    return Method(*map(fill, method))
+
+
+def scratch(experiment: Experiment, arch: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """This thread's reusable network and optimiser of an architecture.
+
+    channels_last is where it was measured to pay on a CPU: 1.24 x for the CNN's training; it costs
+    the ResNets 0.77 x in training at batch 16, and gains them 1.2 to 1.7 x in evaluation.
+    """
+    made = experiment.scratch.__dict__
+    if arch not in made:
+        settings, images = experiment.settings, experiment.data.x_train
+        model = models.build_empty(arch, images.shape[1], len(experiment.data.classes), images.device)
+        if arch == "cnn" or threading.current_thread() is threading.main_thread():
+            model = model.to(memory_format=torch.channels_last)
+        kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[settings["optimizer"]]
+        made[arch] = model, kind(model.parameters(), lr=settings["lr"], fused=True)
+    return made[arch]
+
+
+# ---------------------------------------------------------------------------------- one round
+
+
+def draw_participants(settings: dict, t: int) -> list[int]:
+    """The clients of round t, ascending; the same for every method."""
+    rng = data.numpy_stream(settings["seed"], data.PARTICIPANTS, t)
+    chosen = rng.choice(settings["clients"], num_participants(settings), replace=False)
+    return sorted(chosen.tolist())
+
+
+def train_client(experiment: Experiment, t: int, k: int, received: object,
+                 *memory: object) -> baselines.Result:
+    """Run the method's client update; called in a worker thread.
+
+    memory: what stays on the device, for a method that has such a thing
+    Raises FloatingPointError if the loss or a weight is no longer finite.
+    """
+    settings, client = experiment.settings, experiment.clients[k]
+    stream = experiment.stream(t, k)
+    prepare = partial(data.standardise, mean=experiment.statistics[0],
+                      deviation=experiment.statistics[1])
+    if settings["augment"]:
+        characters = settings["dataset"] in ("digits", "svhn", "emnist")
+        prepare = partial(data.augment, **prepare.keywords, rng=stream(data.AUGMENTATION),
+                          kind=data.CHARACTERS if characters else data.Augmentation())
+    own = data.ClientData(experiment.data.x_train, experiment.data.y_train, client.indices, prepare)
+    result = experiment.method.client_update(*scratch(experiment, client.arch), received, own,
+                                             stream, *memory)
+    made = models.tensors_in((result.update, result.kept))
+    if not (math.isfinite(result.loss) and all(tensor.isfinite().all() for tensor in made)):
+        raise FloatingPointError(f"round {t}, client {k}: the training loss is not finite any more; "
+                                 "a smaller --lr may help")
+    return result
+
+
+def train_round(experiment: Experiment, pool: ThreadPoolExecutor, t: int, server: dict,
+                memory: dict) -> tuple[dict, dict, dict]:
+    """One round: what the chosen clients receive, their updates, the server's update.
+
+    memory: client id -> what stays on its device, for those that have taken part
+    Returns the new server state, the new memory and the round's figures for the log.
+    """
+    method, clients = experiment.method, experiment.clients
+    chosen = draw_participants(experiment.settings, t)
+    received = {k: method.download(server, clients[k], experiment.stream(t, k)) for k in chosen}
+    kept = {k: () for k in chosen}
+    if method.memory is not None:
+        kept = {k: (memory[k] if k in memory else method.memory(server, clients[k]),) for k in chosen}
+
+    def cost(k: int) -> int:  # the largest first, so that no worker ends up alone with one
+        return -len(clients[k].indices) * models.num_bytes(server["weights"][clients[k].arch])
+
+    futures = {k: pool.submit(train_client, experiment, t, k, received[k], *kept[k])
+               for k in sorted(chosen, key=cost)}
+    results = {k: futures[k].result() for k in chosen}
+    server = method.server_update(server, {k: result.update for k, result in results.items()})
+    if method.memory is not None:
+        memory = memory | {k: result.kept for k, result in results.items()}
+    samples = sum(result.samples for result in results.values())
+    figures = {"loss": sum(result.loss for result in results.values()) / max(1, samples),
+               "upload_mb": models.num_bytes([result.update for result in results.values()]) / 1e6,
+               "download_mb": models.num_bytes(received) / 1e6,
+               "samples": samples,
+               "clock": max(result.samples / experiment.speeds[k] for k, result in results.items())}
+    return server, memory, figures
+
+
+# --------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
+    """Accuracies in percent of the models that the clients use.
+
+    accuracy: on the whole test set, mean over clients; personal_accuracy: on each client's own share
+    of the test set, weighted by share.  Each distinct model predicts the test set once.
+    """
+    test, shares = experiment.data, experiment.test_shares
+    prepare = partial(data.standardise, mean=experiment.statistics[0],
+                      deviation=experiment.statistics[1])
+    users: dict = {}
+    for client in experiment.clients:
+        key, weights = experiment.method.deploy(server, client, memory.get(client.id))
+        users.setdefault(key, (client.arch, weights, []))[2].append(client.id)
+    whole = own = 0
+    for arch, weights, ids in users.values():
+        model, _ = scratch(experiment, arch)
+        model.load_state_dict(weights)
+        right = models.predict(model, test.x_test, prepare) == test.y_test
+        whole += len(ids) * int(right.sum())
+        own += sum(int(right[shares[k]].sum()) for k in ids)
+    shared = sum(len(share) for share in shares)
+    return {"accuracy": 100 * whole / (len(experiment.clients) * len(test.y_test)),
+            "personal_accuracy": 100 * own / shared if shared else None}
+
+
+# --------------------------------------------------------------------------- the files of a run
+
+
+def write_atomically(path: Path, write: Callable) -> None:
+    """Let write(file) fill a file that gets its name only once it is safely on the disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # how torch.save reports a full disk
+        raise OSError(f"cannot write {temporary}: {data.first_line(error)}") from error
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a dict as indented JSON, atomically."""
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def start_files(out: Path, settings: dict) -> None:
+    """Make the folder of a new run and write config.json.
+
+    Raises ValueError if it holds a run, or anything else, already.
+    """
+    held = [path.name for path in out.iterdir()] if out.is_dir() else []
+    if set(held) - {"config.json.tmp"}:  # left by a run that was killed in its first instant
+        raise ValueError(f"{out} is not empty: go on with its run by --resume --out {out}, or choose "
+                         "another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", settings)
+
+
+def read_config(out: Path, typed: dict) -> dict:
+    """The settings of the run in a folder, with what was typed besides.
+
+    Raises ValueError if there is no run, or if something typed differs from it and may not.
+    """
+    try:
+        settings = json.loads((out / "config.json").read_text())
+        known = settings["method"] in METHODS and settings["rounds"]
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no run in {out} to resume: check --out, or leave out --resume to "
+                         "start one") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{out / 'config.json'} is damaged: start anew with another --out") from error
+    if not known:
+        raise ValueError(f"{out / 'config.json'} is not of this program: check --out")
+    for name, value in typed.items():
+        flag = f"--{name.replace('_', '-')}"
+        if name not in settings:
+            raise ValueError(f"{flag} is not read by the run in {out}: leave it out")
+        if settings[name] != value and name not in MAY_CHANGE:
+            raise ValueError(f"{flag} {value} differs from the {settings[name]} of the run in {out}: "
+                             "leave it out, or start a new run with another --out")
+    if typed.get("rounds", settings["rounds"]) < settings["rounds"]:
+        raise ValueError(f"--rounds {typed['rounds']} is less than the {settings['rounds']} of the "
+                         f"run in {out}: it may only grow")
+    settings |= typed
+    find_device(settings["device"])
+    return settings
+
+
+def save_checkpoint(out: Path, t: int, server: dict, memory: dict, totals: dict) -> None:
+    """Write everything that round t + 1 needs, in plain types that load without unpickling."""
+    state = {"round": t, "server": server, "memory": memory, "totals": totals}
+    write_atomically(out / "checkpoint.pt", lambda file: torch.save(state, file))
+
+
+def load_checkpoint(out: Path, device: torch.device) -> dict | None:
+    """The state that save_checkpoint wrote, or None if there is none yet.
+
+    Raises ValueError if the file is damaged.
+    """
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged ({data.first_line(error)}): delete it to start its run "
+                         "anew with --resume") from error
+
+
+def trim_metrics(path: Path, last_round: int) -> list[dict]:
+    """The lines of metrics.jsonl up to a round; later lines and a torn last one are dropped."""
+    lines, history = path.read_bytes().splitlines(keepends=True) if path.exists() else [], []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or entry["round"] > last_round:
+            break
+        history.append(entry)
+    if len(history) < len(lines):
+        write_atomically(path, lambda file: file.writelines(lines[: len(history)]))
+    return history
+
+
+def append_metrics(path: Path, entry: dict) -> None:
+    """Add a line to metrics.jsonl, on the disk when this returns."""
+    with open(path, "a") as file:
+        file.write(json.dumps(entry) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def summarise(history: list[dict], totals: dict) -> dict:
+    """What result.json holds: the last evaluation, the best, the mean of the last ten, and totals."""
+    last, best = history[-1], max(history, key=lambda entry: entry["accuracy"])
+    recent = [entry["accuracy"] for entry in history[-10:]]
+    return {"rounds": last["round"], "accuracy": last["accuracy"],
+            "personal_accuracy": last["personal_accuracy"], "loss": last["loss"],
+            "best_accuracy": best["accuracy"], "best_round": best["round"],
+            "last10_accuracy": sum(recent) / len(recent),
+            **{name: totals[name] for name in ("upload_mb", "download_mb", "samples", "clock")},
+            "seconds": round(totals["seconds"], 3),
+            "images_per_second": round(totals["samples"] / totals["training_seconds"], 1)}
+
+
+def draw_curves(path: Path, history: list[dict], title: str) -> None:
+    """A picture of accuracy and loss against rounds."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    rounds = [entry["round"] for entry in history]
+    marker = "o" if len(rounds) <= 30 else None
+    for name, label in (("accuracy", "whole test set"), ("personal_accuracy", "own share of it")):
+        left.plot(rounds, [entry[name] for entry in history], marker=marker, markersize=3, label=label)
+    left.set(xlabel="round", ylabel="test accuracy, %")
+    left.legend()
+    right.plot(rounds, [entry["loss"] for entry in history], marker=marker, markersize=3, color="C3")
+    right.set(xlabel="round", ylabel="training cross entropy")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+# ------------------------------------------------------------------------------------ terminal
+
+
+def describe(experiment: Experiment, weights: dict[str, models.State], out: Path) -> None:
+    """Print what is about to run."""
+    settings, held = experiment.settings, experiment.data
+    channels, height, width = held.x_train.shape[1:]
+    print(f"{settings['method']} on {settings['dataset']}: {len(held.y_train):,} training and "
+          f"{len(held.y_test):,} test images of {height}x{width}x{channels}, "
+          f"{len(held.classes)} classes")
+    print(f"{settings['rounds']} rounds with {num_participants(settings)} of {settings['clients']} "
+          f"clients, {settings['local_epochs']} local epochs, batch {settings['batch_size']}, "
+          f"{settings['optimizer']} at {settings['lr']:g}, seed {settings['seed']}; "
+          f"{settings['workers']} workers on {settings['device']}")
+    skew = {"dirichlet": "alpha", "pathological": "classes_per_client"}.get(settings["partition"])
+    print(f"partition: {settings['partition']}" + (f", {skew} {settings[skew]:g}" if skew else ""))
+    print_partition(experiment)
+    for arch, state in weights.items():
+        size = sum(tensor.numel() for tensor in models.build_empty(
+            arch, channels, len(held.classes), torch.device("meta")).parameters())
+        print(f"{arch}: {size:,} parameters, {models.num_bytes(state) / 1e6:.2f} MB with buffers")
+    own = {name: settings[name] for name in METHOD_DEFAULTS[settings["method"]]}
+    print("method: " + (", ".join(f"{name} {value}" for name, value in own.items()) or "no options"))
+    if settings["setting"] != "quick" and settings["device"] == "cpu":
+        print("on a CPU the papers' full settings take many hours; --setting quick is a small one")
+    print(f"output: {out}\n", flush=True)
+
+
+def print_partition(experiment: Experiment) -> None:
+    """Print client x class counts as a table where it fits on a screen, else the range of sizes."""
+    counts = [experiment.data.y_train[client.indices].bincount(
+        minlength=len(experiment.data.classes)).tolist() for client in experiment.clients]
+    sizes = [sum(row) for row in counts]
+    if len(counts) > 20 or len(counts[0]) > 12:
+        print(f"images a client: {min(sizes)} to {max(sizes)}, mean {sum(sizes) / len(sizes):.0f}")
+        return
+    print("client  " + f"{'network':10}{'images':>7}" + "".join(
+        f"{name[:6]:>7}" for name in experiment.data.classes))
+    for client, row, total in zip(experiment.clients, counts, sizes):
+        print(f"{client.id:>6}  {client.arch:10}{total:>7}" + "".join(f"{n or '.':>7}" for n in row))
+
+
+def report(out: Path, result: dict) -> None:
+    """Print the result and where it lies."""
+    print(f"\naccuracy {result['accuracy']:.2f} % after {result['rounds']} rounds (best "
+          f"{result['best_accuracy']:.2f} % in round {result['best_round']}, mean of the last ten "
+          f"evaluations {result['last10_accuracy']:.2f} %)")
+    print(f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} training images a second, "
+          f"{result['upload_mb']:.1f} MB sent up and {result['download_mb']:.1f} MB down")
+    print(f"written to {out}: metrics.jsonl, result.json, curves.png, config.json, checkpoint.pt")
+
+
+# ---------------------------------------------------------------------------------------- main
+
+
+def train(experiment: Experiment, server: dict, out: Path, resume: bool) -> None:
+    """All rounds, from the first or from the checkpoint, and the files they leave in out."""
+    settings, metrics = experiment.settings, out / "metrics.jsonl"
+    start, memory = 0, {}
+    totals = {"upload_mb": 0.0, "download_mb": 0.0, "samples": 0, "clock": 0.0,
+              "training_seconds": 0.0, "seconds": 0.0}
+    saved = load_checkpoint(out, torch.device(settings["device"])) if resume else None
+    if saved is not None:
+        start, server, memory = saved["round"], saved["server"], saved["memory"]
+        totals = saved["totals"]
+        print(f"going on after round {start}", flush=True)
+    history = trim_metrics(metrics, start)
+    before = time.perf_counter() - totals["seconds"]
+    pool = ThreadPoolExecutor(settings["workers"], initializer=torch.set_num_threads,
+                              initargs=(settings["threads"],))
+    # On standard output, so that standard error holds errors alone.
+    bar = tqdm(total=settings["rounds"], initial=start, unit="round", file=sys.stdout)
+    try:
+        for t in range(start + 1, settings["rounds"] + 1):
+            round_start = time.perf_counter()
+            server, memory, figures = train_round(experiment, pool, t, server, memory)
+            seconds = time.perf_counter() - round_start
+            totals = {name: value + figures.get(name, 0) for name, value in totals.items()}
+            totals["training_seconds"] += seconds
+            if t % settings["eval_every"] == 0 or t == settings["rounds"]:
+                entry = {"round": t, **evaluate(experiment, server, memory), **figures,
+                         "clock": totals["clock"], "seconds": round(seconds, 3)}
+                append_metrics(metrics, entry)
+                history.append(entry)
+                bar.set_postfix_str(f"accuracy {entry['accuracy']:.1f} %, loss {entry['loss']:.3f}")
+            totals["seconds"] = time.perf_counter() - before
+            if t % settings["checkpoint_every"] == 0 or t == settings["rounds"]:
+                save_checkpoint(out, t, server, memory, totals)
+            bar.update()
+            if t == start + 1 < settings["rounds"]:
+                left = (time.perf_counter() - round_start) * (settings["rounds"] - t)
+                bar.write(f"round {t} took {seconds:.1f} s; about {left / 60:.0f} min to go",
+                          file=sys.stdout)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        bar.close()
+    result = summarise(history, totals)
+    write_json(out / "result.json", result)
+    draw_curves(out / "curves.png", history, f"{settings['method']} on {settings['dataset']}")
+    report(out, result)
+
+
+def set_up(argv: list[str] | None) -> tuple[Experiment, dict, Path, bool]:
+    """From the command line to an experiment, the server's first state and the folder of the run.
+
+    Raises ValueError or OSError if the user has to change something.
+    """
+    typed = vars(parser().parse_args(argv))
+    resume, out = typed.pop("resume", False), typed.pop("out", None)
+    if out is None:
+        name = typed.get("dataset", "digits")
+        out = f"runs/{typed.get('method', 'fedin')}-{Path(name).stem}-{typed.get('seed', 0)}"
+    out = Path(out)
+    settings = read_config(out, typed) if resume else resolve(typed)
+    settings["versions"] = {"python": platform.python_version(), "torch": torch.__version__,
+                            "torchvision": torchvision.__version__}
+    experiment = prepare_experiment(settings)
+    if resume:
+        write_json(out / "config.json", settings)
+    else:
+        start_files(out, settings)
+    torch.set_num_threads(num_cores())  # of this thread; each worker sets its own
+    channels, num_classes = experiment.data.x_train.shape[1], len(experiment.data.classes)
+    weights = models.initial_weights(models.MODELS[settings["model"]], channels, num_classes,
+                                     data.torch_stream(settings["seed"], data.INITIAL_WEIGHTS))
+    device = torch.device(settings["device"])
+    moved = {tensor: tensor.to(device) for tensor in models.tensors_in(weights)}
+    weights = {arch: {name: moved[tensor] for name, tensor in state.items()}
+               for arch, state in weights.items()}
+    describe(experiment, weights, out)
+    return experiment, experiment.method.init(weights), out, resume
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit status (README, "When something goes wrong")."""
+    out = None
+    try:
+        experiment, server, out, resume = set_up(argv)
+    except (ValueError, OSError) as error:
+        return complain(error, 2)
+    except KeyboardInterrupt:
+        return complain("stopped before the first round", 130)
+    go_on = f"go on with: python run.py --resume --out {out}"
+    try:
+        train(experiment, server, out, resume)
+    except FloatingPointError as error:
+        return complain(f"{error}; {out} holds the rounds before it", 1)
+    except (ValueError, OSError) as error:
+        return complain(f"{error}; {go_on}", 2)
+    except KeyboardInterrupt:
+        return complain(f"stopped; {go_on}", 130)
+    return 0
+
+
+def complain(error: object, status: int) -> int:
+    """Print an error as one line on standard error; returns the exit status."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    exit_status = main()
+    sys.stdout.flush()
+    os._exit(exit_status)  # at once: a client that still trains after Ctrl-C has nothing to save
