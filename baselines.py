@@ -2,12 +2,14 @@
 
 A method is a few functions.  Each takes and returns plain values:
 
-    <m>_init(weights) -> server                          what the server keeps, before round 1
-    <m>_download(server, client, stream) -> received     what a client receives
-    <m>_client_update(model, optimizer, received, data, stream, *, ...) -> Result
-    <m>_server_update(server, updates, *, ...) -> server a new server state
-    <m>_memory(server, client) -> kept                   a stateful method's memory, before its first round
-    <m>_deploy(server, client, kept) -> (key, weights)   the model that a client uses; equal keys, equal models
+    <m>_init(weights) -> server                      what the server keeps, before round 1
+    <m>_download(server, client, stream) -> received what a client receives
+    <m>_client_update(model, optimizer, received, data, stream[, kept], *, ...) -> Result
+    <m>_server_update(server, updates, *, ...) -> server
+    <m>_deploy(server, client, kept) -> (key, weights)  the model a client uses; equal keys, equal
+                                                     models
+    <m>_memory(server, client) -> kept               only where something stays on the device: what
+                                                     it holds before its first round
 
 Three values are kept apart: what crosses the network (received and Result.update; the bytes of
 their tensors are the traffic), what stays on a device between rounds (kept), and what the server
@@ -62,7 +64,7 @@ class Result(NamedTuple):
     kept: Any = None  # a stateful method's memory of this client
 
 
-# --------------------------------------------------------------------------------------- FedAvg
+# ------------------------------------------------------------------------------------------- FedAvg
 
 
 def reset(model: nn.Module, optimizer: Optimizer, weights: State) -> None:
@@ -122,7 +124,7 @@ def fedavg_deploy(server: dict, client: Client, kept: None) -> tuple[str, State]
     return client.arch, server["weights"][client.arch]
 
 
-# -------------------------------------------------------------------------------------- FedProx
+# ------------------------------------------------------------------------------------------ FedProx
 
 
 def fedprox_client_update(model: nn.Module, optimizer: Optimizer, received: State,
@@ -155,7 +157,7 @@ def add_proximal_gradient(model: nn.Module, reference: State, mu: float) -> None
         parameter.grad.add_(parameter - reference[name], alpha=mu)
 
 
-# ---------------------------------------------------------------------------------------- Local
+# -------------------------------------------------------------------------------------------- Local
 
 
 def local_memory(server: dict, client: Client) -> State:

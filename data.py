@@ -37,7 +37,7 @@ MAX_REDRAWS = 10_000  # of a Dirichlet partition, before giving up
 
 
 class Dataset(NamedTuple):
-    """Images as uint8 (N, C, 32, 32), labels as int64 (N,), class names in the order of the labels."""
+    """Images uint8 (N, C, 32, 32), labels int64 (N,), class names in the order of the labels."""
 
     x_train: Tensor
     y_train: Tensor
@@ -55,7 +55,7 @@ class ClientData(NamedTuple):
     prepare: Callable[[Tensor], Tensor]  # uint8 images to network input
 
 
-# ------------------------------------------------------------------------------- random streams
+# ----------------------------------------------------------------------------------- random streams
 
 
 def numpy_stream(seed: int, purpose: int, round: int = 0, client: int = 0) -> np.random.Generator:
@@ -73,7 +73,7 @@ def torch_stream(seed: int, purpose: int, round: int = 0, client: int = 0) -> to
     return torch.Generator().manual_seed(int(state[0]))
 
 
-# -------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 
 
 def load(dataset: str, data_dir: str | Path = "data") -> Dataset:
@@ -102,13 +102,14 @@ def load(dataset: str, data_dir: str | Path = "data") -> Dataset:
 
 
 def read_digits() -> Dataset:
-    """scikit-learn's 1,797 handwritten digits (8x8, 16 gray levels), split 1,437 / 360 once for all."""
+    """scikit-learn's 1,797 handwritten digits (8x8, 17 gray levels), always split 1,437 / 360."""
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     train, test = train_test_split(np.arange(len(images)), test_size=360, random_state=0,
                                    stratify=digits.target)
     x, y = to_images(images), torch.from_numpy(digits.target.astype(np.int64))
-    return Dataset(x[train], y[train], x[test], y[test], [str(name) for name in digits.target_names])
+    names = [str(name) for name in digits.target_names]
+    return Dataset(x[train], y[train], x[test], y[test], names)
 
 
 def download(dataset: str, data_dir: str | Path) -> Dataset:
@@ -126,18 +127,20 @@ def download(dataset: str, data_dir: str | Path) -> Dataset:
                                test.data.transpose(0, 2, 3, 1), test.labels,
                                [str(digit) for digit in range(10)])
         if dataset == "emnist":
-            train, test = (sets.EMNIST(root, "letters", train=t, download=True) for t in (True, False))
+            train, test = (sets.EMNIST(root, "letters", train=part, download=True)
+                           for part in (True, False))
             return from_arrays(train.data.transpose(1, 2).numpy(), train.targets.numpy() - 1,
                                test.data.transpose(1, 2).numpy(), test.targets.numpy() - 1,
                                [chr(ord("a") + letter) for letter in range(26)])
         kind = {"cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100,
                 "fashionmnist": sets.FashionMNIST}[dataset]
-        train, test = (kind(root, train=t, download=True) for t in (True, False))
+        train, test = (kind(root, train=part, download=True) for part in (True, False))
         return from_arrays(np.asarray(train.data), np.asarray(train.targets),
                            np.asarray(test.data), np.asarray(test.targets), train.classes)
     except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{dataset} could not be loaded into '{root}' ({first_line(error)}): check "
-                         "the connection, or put the original files there (--data-dir)") from error
+        raise ValueError(f"{dataset} could not be loaded into '{root}' ({first_line(error)}): "
+                         "check the connection, or put the original files there (--data-dir)"
+                         ) from error
 
 
 def read_npz(path: str | Path) -> Dataset:
@@ -147,22 +150,21 @@ def read_npz(path: str | Path) -> Dataset:
     Labels: integers, one an image, 0 to the number of classes less one.  Nothing is unpickled.
     Raises ValueError with one line that names the file and what is wrong with it.
     """
-    arrays = {}
+    if not Path(path).exists():
+        raise ValueError(f"there is no file {path}: check --dataset")
     try:
-        if Path(path).exists() and not zipfile.is_zipfile(path):
-            raise ValueError("not an .npz archive")
+        if not zipfile.is_zipfile(path):  # numpy would take a plain array or a pickle as well
+            raise ValueError("not a zip archive")
         with np.load(path, allow_pickle=False) as archive:
-            for name in archive.files:
-                if name in (*Dataset._fields,):
-                    arrays[name] = archive[name]
-    except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error,
-            NotImplementedError) as error:
-        raise ValueError(f"{path} cannot be read ({first_line(error)}): expected an .npz written by "
-                         "numpy.savez with plain numeric arrays") from error
+            arrays = {name: archive[name] for name in archive.files if name in Dataset._fields}
+    except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile,
+            zlib.error) as error:
+        raise ValueError(f"{path} cannot be read ({first_line(error)}): expected an .npz written "
+                         "by numpy.savez with plain numeric arrays") from error
     missing = [name for name in Dataset._fields[:4] if name not in arrays]
     if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}: it must hold x_train, y_train, x_test "
-                         "and y_test, and may hold classes")
+        raise ValueError(f"{path} has no {', '.join(missing)}: it must hold x_train, y_train, "
+                         "x_test and y_test, and may hold classes")
     try:
         return from_arrays(*(arrays.get(name) for name in Dataset._fields))
     except ValueError as error:
@@ -172,27 +174,30 @@ def read_npz(path: str | Path) -> Dataset:
 def write_npz(path: Path, data: Dataset) -> None:
     """Write a data set as the .npz that read_npz reads; a file half written never gets the name."""
     temporary = path.with_suffix(".tmp")
-    images = {name: getattr(data, name).permute(0, 2, 3, 1).numpy() for name in ("x_train", "x_test")}
     with open(temporary, "wb") as file:
-        np.savez(file, **images, y_train=data.y_train.numpy(), y_test=data.y_test.numpy(),
-                 classes=np.array(data.classes))
+        np.savez(file, classes=np.array(data.classes),
+                 x_train=data.x_train.permute(0, 2, 3, 1).numpy(), y_train=data.y_train.numpy(),
+                 x_test=data.x_test.permute(0, 2, 3, 1).numpy(), y_test=data.y_test.numpy())
     os.replace(temporary, path)
 
 
 def from_arrays(x_train, y_train, x_test, y_test, classes=None) -> Dataset:
-    """Check arrays of the layout that read_npz describes and make a Dataset of 32x32 images of them.
+    """Check arrays of the layout that read_npz describes, and make a Dataset of 32x32 images.
 
     Raises ValueError that names the array and what is wrong with it.
     """
-    check_labels("y_train", y_train, len(x_train))
+    for part, labels, images in (("train", y_train, x_train), ("test", y_test, x_test)):
+        check_images(f"x_{part}", images)
+        check_labels(f"y_{part}", labels, len(images))
     if classes is None:
+        if y_train.max() >= len(y_train):
+            raise ValueError(f"y_train holds label {y_train.max()} in {len(y_train)} labels: "
+                             "number the classes 0, 1, 2, ... without gaps")
         classes = range(int(y_train.max()) + 1)
     names = [str(name) for name in np.asarray(classes).reshape(-1)]
     if len(names) < 2:
         raise ValueError(f"there must be at least two classes, not {len(names)}")
-    for part, labels, images in (("train", y_train, x_train), ("test", y_test, x_test)):
-        check_images(f"x_{part}", images)
-        check_labels(f"y_{part}", labels, len(images))
+    for part, labels in (("train", y_train), ("test", y_test)):
         if labels.max() >= len(names):
             raise ValueError(f"y_{part} holds label {labels.max()}, but there are {len(names)} "
                              f"classes, so labels must lie in 0..{len(names) - 1}")
@@ -214,7 +219,7 @@ def check_images(name: str, images: np.ndarray) -> None:
     if images.dtype.kind not in "uif":
         raise ValueError(f"{name} has dtype {images.dtype}; expected uint8, or floats in 0..1")
     top = 1 if images.dtype.kind == "f" else 255
-    if not np.isfinite(images).all():
+    if images.dtype.kind == "f" and not np.isfinite(images).all():
         raise ValueError(f"{name} holds NaN or infinite pixels")
     if images.min() < 0 or images.max() > top:
         raise ValueError(f"{name} holds pixels from {images.min()} to {images.max()}; "
@@ -224,7 +229,8 @@ def check_images(name: str, images: np.ndarray) -> None:
 def check_labels(name: str, labels: np.ndarray, count: int) -> None:
     """Raise ValueError unless the array is one non-negative integer for each of count images."""
     if labels.ndim != 1 or labels.dtype.kind not in "ui":
-        raise ValueError(f"{name} must be one integer an image, not {labels.dtype} of shape {labels.shape}")
+        raise ValueError(f"{name} must be one integer an image, not {labels.dtype} of shape "
+                         f"{labels.shape}")
     if len(labels) != count:
         raise ValueError(f"{name} has {len(labels)} labels for {count} images")
     if len(labels) == 0:
@@ -250,7 +256,7 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-# ----------------------------------------------------------------------------------- partitions
+# --------------------------------------------------------------------------------------- partitions
 
 
 def balanced_subset(labels: Tensor, count: int, rng: np.random.Generator) -> Tensor:
@@ -275,8 +281,8 @@ def partition_dirichlet(labels: Tensor, num_clients: int, alpha: float, rng: np.
                         *, minimum: int = MIN_IMAGES, redraws: int = MAX_REDRAWS) -> list[Tensor]:
     """Split each class among the clients in proportions drawn from a symmetric Dirichlet(alpha).
 
-    The whole split is redrawn until every client has at least minimum images.  A smaller alpha is a
-    stronger skew.  Raises ValueError if that takes more than redraws draws.
+    The whole split is redrawn until every client has at least minimum images.  A smaller alpha is
+    a stronger skew.  Raises ValueError if that takes more than redraws draws.
     """
     counts = labels.bincount().numpy()
     for _ in range(redraws if len(labels) >= minimum * num_clients else 0):
@@ -287,8 +293,8 @@ def partition_dirichlet(labels: Tensor, num_clients: int, alpha: float, rng: np.
             break
     else:
         raise ValueError(f"no Dirichlet({alpha:g}) split of {len(labels)} images gives each of "
-                         f"{num_clients} clients at least {minimum}: use fewer clients, more images "
-                         "or a larger --alpha")
+                         f"{num_clients} clients at least {minimum}: use fewer clients, more "
+                         "images or a larger --alpha")
     parts = [[] for _ in range(num_clients)]
     for label, cuts in enumerate(ends):
         members = rng.permutation(np.flatnonzero(labels.numpy() == label))
@@ -299,10 +305,10 @@ def partition_dirichlet(labels: Tensor, num_clients: int, alpha: float, rng: np.
 
 def partition_pathological(labels: Tensor, num_clients: int, classes_per_client: int,
                            rng: np.random.Generator) -> list[Tensor]:
-    """Give every client classes_per_client classes, and a class's images in equal parts to its holders.
+    """Give every client classes_per_client classes; the holders of a class share it equally.
 
-    Each client takes the classes with the fewest holders so far, ties at random, so that every class
-    has a holder whenever there are enough places; images of a class without one are left out.
+    Each client takes the classes with the fewest holders so far, ties at random, so that every
+    class has a holder if there are enough places; images of a class without one are left out.
     Raises ValueError if a client would hold more classes than there are.
     """
     num_classes = int(labels.max()) + 1
@@ -326,8 +332,8 @@ def share_test(test_labels: Tensor, train_labels: Tensor, parts: list[Tensor],
                rng: np.random.Generator) -> list[Tensor]:
     """Share the test images out so that each client's test labels follow its training labels.
 
-    In each class the clients get test images in the proportions of their training images, by largest
-    remainders (ties to the lower id).  Test images of a class that nobody holds go to nobody.
+    In each class the clients get test images in the proportions of their training images, by
+    largest remainders, ties to the lower id; those of a class that nobody holds go to nobody.
     """
     num_classes = int(max(test_labels.max(), train_labels.max())) + 1
     held = np.stack([train_labels[part].bincount(minlength=num_classes).numpy() for part in parts])
@@ -345,23 +351,23 @@ def share_test(test_labels: Tensor, train_labels: Tensor, parts: list[Tensor],
     return [torch.from_numpy(np.sort(np.concatenate(share))) for share in shares]
 
 
-# -------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
-def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of uint8 images, each (C, 1, 1), in 0..255.
+def channel_statistics(images: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of the indexed images, each (C, 1, 1), in 0..255.
 
     Counted from a histogram in integers, so that neither the order of the images nor the number of
     threads shows in the last bit.  A channel that never varies gets the deviation 1.
     """
+    histogram = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for chosen in indices.split(10_000):  # a part at a time, to hold no second copy of the images
+        for count, channel in zip(histogram, images[chosen].unbind(dim=1)):
+            count += channel.flatten().bincount(minlength=256)
+    share = histogram.double() / histogram.sum(dim=1, keepdim=True)
     levels = torch.arange(256, dtype=torch.float64)
-    means, deviations = [], []
-    for channel in images.unbind(dim=1):
-        share = channel.flatten().bincount(minlength=256).cpu().double() / channel.numel()
-        mean = (share * levels).sum()
-        means.append(mean)
-        deviations.append((share * (levels - mean) ** 2).sum().sqrt())
-    mean, deviation = torch.stack(means), torch.stack(deviations)
+    mean = share @ levels
+    deviation = (share * (levels - mean[:, None]) ** 2).sum(dim=1).sqrt()
     deviation[deviation == 0] = 1
     return mean.float().view(-1, 1, 1), deviation.float().view(-1, 1, 1)
 

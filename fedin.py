@@ -56,7 +56,7 @@ class Update(NamedTuple):
     features: Features | None  # its own, made after local training
 
 
-# ------------------------------------------------------------- gradient alleviation (Section 4.2)
+# --------------------------------------------------------------- gradient alleviation (Section 4.2)
 
 
 def project_gradient(inner: Tensor, local: Tensor) -> Tensor:
@@ -89,10 +89,11 @@ def project_gradients(inner: Mapping[str, Tensor], local: Mapping[str, Tensor], 
     return {name: piece.view_as(inner[name]) for name, piece in zip(inner, pieces)}
 
 
-# ------------------------------------------------------------------------ noise (Section 4.3)
+# ------------------------------------------------------------------------------ noise (Section 4.3)
 
 
-def add_noise(s: Tensor, level: float, rng: torch.Generator, *, per_channel: bool = False) -> Tensor:
+def add_noise(s: Tensor, level: float, rng: torch.Generator, *,
+              per_channel: bool = False) -> Tensor:
     """s + level z with z ~ N(0, sigma^2), where sigma is the standard deviation of s itself.
 
     sigma is taken over the whole tensor, or over each channel, and carries no gradient.
@@ -106,7 +107,7 @@ def add_noise(s: Tensor, level: float, rng: torch.Generator, *, per_channel: boo
     return s + level * sigma * z
 
 
-# ----------------------------------------------------------------------------------- one round
+# ---------------------------------------------------------------------------------------- one round
 
 
 def fedin_init(weights: dict[str, State]) -> dict:
@@ -117,7 +118,7 @@ def fedin_init(weights: dict[str, State]) -> dict:
 def fedin_download(server: dict, client: Client, stream: Stream, *,
                    feature_batch_size: int = FEATURE_BATCH_SIZE,
                    feature_batches: int = FEATURE_BATCHES, one_owner: bool = False) -> Received:
-    """Global weights, and feature_batches batches of features of other clients, never its own (Sec. 4.1).
+    """Global weights, and batches of features of other clients, never its own (Sec. 4.1).
 
     The rows are drawn without replacement from all that the others sent in the round before, which
     mixes owners and architectures, or with one_owner from those of a single other client.
@@ -137,9 +138,9 @@ def fedin_download(server: dict, client: Client, stream: Stream, *,
     return Received(weights, (pool["s_in"][rows], pool["s_out"][rows]))
 
 
-def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Received, data: ClientData,
-                        stream: Stream, *, local_epochs: int, batch_size: int, mu: float = MU,
-                        noise: float = 0.0, projection: str = "simplified",
+def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Received,
+                        data: ClientData, stream: Stream, *, local_epochs: int, batch_size: int,
+                        mu: float = MU, noise: float = 0.0, projection: str = "simplified",
                         feature_batch_size: int = FEATURE_BATCH_SIZE,
                         feature_batches: int = FEATURE_BATCHES, multiplier: float = MULTIPLIER,
                         noise_in_training: bool = True, in_statistics: str = "batch and running",
@@ -193,7 +194,7 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Receiv
 
 
 def feature_pairs(features: Features | None, batch_size: int) -> list[Features]:
-    """Features as batches; a last one of a single row is left out (batch normalisation, see batches)."""
+    """Features as batches; a last one of a single row is left out (for its reason see batches)."""
     if features is None:
         return []
     pairs = zip(*(tensor.split(batch_size) for tensor in features))

@@ -1,4 +1,4 @@
-"""Networks and the arithmetic of their weights.  A leaf: knows nothing of clients, rounds or data sets.
+"""Networks and the arithmetic of their weights.  A leaf: knows nothing of rounds or data sets.
 
 In reading order: the CNN of AP-FL and the ResNets of FedIN; which architecture a client has;
 weights as state dicts: copies, sizes, averages; prediction.
@@ -30,7 +30,7 @@ MODELS = {  # what --model offers: the architectures of a federation, small to l
 }
 TEST_BATCH = 250  # images; fastest on a CPU between 128 and 256, at 1,024 twice as slow
 
-# ------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 class CNN(nn.Module):
@@ -68,7 +68,8 @@ class ResNet(nn.Module):
     cut: the last layer of the extractor, "stem" or "layer1" (README, "Where the papers are silent")
     """
 
-    def __init__(self, blocks: Sequence[int], channels: int, num_classes: int, *, cut: str = "stem"):
+    def __init__(self, blocks: Sequence[int], channels: int, num_classes: int, *,
+                 cut: str = "stem"):
         super().__init__()
         stem = OrderedDict(
             conv1=nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False),  # 32 -> 16
@@ -125,7 +126,7 @@ def architecture_of(client: int, num_clients: int, architectures: Sequence[str])
     return architectures[client * len(architectures) // num_clients]
 
 
-# -------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------------ weights
 
 
 def part_of(name: str) -> str:
@@ -140,15 +141,15 @@ def copy_state(model: nn.Module) -> State:
 
 
 def initial_weights(architectures: Sequence[str], channels: int, num_classes: int,
-                    rng: torch.Generator) -> dict[str, State]:
-    """Initial weights by architecture.  What two architectures both hold is the same tensor in both.
+                    rng: torch.Generator, device: torch.device) -> dict[str, State]:
+    """Initial weights by architecture.  What two architectures share is the same tensor in both.
 
     The last, largest network is drawn and the others, which it contains, are cut out of it.
     The global generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(rng.get_state())
-        whole = copy_state(build(architectures[-1], channels, num_classes))
+        whole = build(architectures[-1], channels, num_classes).to(device).state_dict()
     names = {arch: build_empty(arch, channels, num_classes, torch.device("meta")).state_dict()
              for arch in architectures}
     return {arch: {name: whole[name] for name in names[arch]} for arch in architectures}
@@ -195,7 +196,8 @@ def average(old: State, uploads: Mapping[int, State], counts: Mapping[int, int],
 
 
 def layerwise_average(weights: Mapping[str, State], uploads: Mapping[int, State],
-                      counts: Mapping[int, int], *, uniform: bool = False) -> dict[str, State]:
+                      counts: Mapping[int, int], *,
+                      uniform: bool = False) -> dict[str, State]:
     """Layer-wise heterogeneous average: layers of the same name are averaged across architectures.
 
     weights: architecture -> its current weights; what two hold is equal in both, and stays so
@@ -207,21 +209,24 @@ def layerwise_average(weights: Mapping[str, State], uploads: Mapping[int, State]
 
 
 def per_architecture_average(weights: Mapping[str, State], uploads: Mapping[int, State],
-                             counts: Mapping[int, int], *, uniform: bool = False) -> dict[str, State]:
+                             counts: Mapping[int, int], *,
+                             uniform: bool = False) -> dict[str, State]:
     """FedAvg's average within each architecture, nothing shared between them (FedIN, Table 3).
 
     An upload belongs to the architecture whose weights have the same names.
     """
-    return {arch: average(state, {k: sent for k, sent in uploads.items() if sent.keys() == state.keys()},
-                          counts, uniform=uniform)
-            for arch, state in weights.items()}
+    new = {}
+    for arch, state in weights.items():
+        own = {k: sent for k, sent in uploads.items() if sent.keys() == state.keys()}
+        new[arch] = average(state, own, counts, uniform=uniform)
+    return new
 
 
-# ----------------------------------------------------------------------------------- prediction
+# --------------------------------------------------------------------------------------- prediction
 
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
-    """The class (N,) that a network in evaluation mode predicts for each uint8 image (N, C, H, W)."""
+    """The class (N,) that a network in evaluation mode predicts for uint8 images (N, C, H, W)."""
     model.eval()
     return torch.cat([model(prepare(batch)).argmax(dim=1) for batch in images.split(TEST_BATCH)])

@@ -36,7 +36,7 @@ import fedin
 import models
 from baselines import Client
 
-# ----------------------------------------------------------------------- methods and settings
+# ----------------------------------------------------------------------------- methods and settings
 
 
 class Method(NamedTuple):
@@ -93,7 +93,7 @@ QUICK_APFL = {"participation": 1.0, "local_epochs": 5, "batch_size": 50, "model"
 MAY_CHANGE = ("rounds", "workers", "device", "data_dir")  # on --resume
 
 
-# ------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def number(kind: type, low: float, high: float = math.inf, *, open_low: bool = False) -> Callable:
@@ -123,8 +123,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line.  No flag has a default here: see resolve."""
     top = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], allow_abbrev=False, add_help=False,
-        argument_default=argparse.SUPPRESS, epilog="Values not given come from --setting, then from "
-        "the method. A flag that the run does not read is an error.")
+        argument_default=argparse.SUPPRESS, epilog="Values not given come from --setting, then "
+        "from the method. A flag that the run does not read is an error.")
     top.error = raise_usage_error
     count, size = number(int, 1), number(int, 2)
     positive, weight = number(float, 0, open_low=True), number(float, 0)
@@ -132,13 +132,14 @@ def parser() -> argparse.ArgumentParser:
     group = top.add_argument_group("what to run")
     group.add_argument("-h", "--help", action="help", help="print this and stop")
     group.add_argument("--method", choices=METHODS, help="default fedin")
-    group.add_argument("--dataset", metavar="NAME|FILE.npz",
-                       help=f"{', '.join(data.DATASETS)}, or your own .npz (see README); default digits")
+    group.add_argument("--dataset", metavar="NAME|FILE.npz", help=f"{', '.join(data.DATASETS)}, "
+                       "or your own .npz (see README); default digits")
     group.add_argument("--setting", choices=SETTINGS,
                        help="fills in what is not given: quick takes a minute on digits; fedin and "
                        "apfl are the papers' (FedIN Sec. 5.1, AP-FL Sec. 4.1). Default quick on "
                        "digits, else the setting of the method's paper")
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), help="of every random draw; default 0")
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1),
+                       help="of every random draw; default 0")
 
     group = top.add_argument_group("federation (values of the papers: FedIN | AP-FL)")
     group.add_argument("--clients", type=count, help="K: 100 | 5, 10")
@@ -152,9 +153,10 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--model", choices=models.MODELS,
                        help="resnets = ResNet10/14/18/22/26, evenly by client id: resnets | cnn")
     group.add_argument("--aggregation", choices=AGGREGATIONS,
-                       help="average layers of the same name across architectures (FedIN Sec. 4.4), "
-                       "or within each architecture alone (Table 3); default layerwise")
-    group.add_argument("--eval-every", type=count, help="rounds between evaluations; the last one counts too")
+                       help="average layers of the same name across architectures (FedIN "
+                       "Sec. 4.4), or within each architecture alone (Table 3); default layerwise")
+    group.add_argument("--eval-every", type=count,
+                       help="rounds between evaluations: 5 | 1; the last round always has one")
 
     group = top.add_argument_group("data")
     group.add_argument("--train-images", type=count, metavar="N",
@@ -162,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--partition", choices=("iid", "dirichlet", "pathological"),
                        help="how the training images are split among the clients")
     group.add_argument("--alpha", type=positive,
-                       help="of --partition dirichlet, smaller is more skewed: 0.5 | 0.01, 0.05, 0.1")
+                       help="of --partition dirichlet; smaller is more skewed: 0.5 | 0.01 to 0.1")
     group.add_argument("--classes-per-client", type=count, metavar="N",
                        help="gamma of --partition pathological; default 2")
     group.add_argument("--augment", action="store_true",
@@ -180,16 +182,17 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--checkpoint-every", type=count, metavar="N", help="rounds; default 1")
 
     group = top.add_argument_group("fedprox, fedin")
-    group.add_argument("--mu", type=weight, help="weight of the proximal term, Eq. 3, mu/2 = 0.05 in "
-                       f"FedIN; default {fedin.MU}, for fedprox in the apfl setting "
-                       f"{baselines.FEDPROX_MU_APFL}")
+    group.add_argument("--mu", type=weight, help="weight of the proximal term, FedIN Eq. 3 "
+                       f"and Sec. 5.1: mu/2 = 0.05; default {fedin.MU}, for fedprox in "
+                       f"the apfl setting {baselines.FEDPROX_MU_APFL}")
     group = top.add_argument_group("fedin")
-    group.add_argument("--noise", type=weight, metavar="LEVEL", help="noise on the features, in their "
-                       f"standard deviations; FedIN (+Noise) is {fedin.NOISE_LEVEL}, Sec. 4.3; default 0")
+    group.add_argument("--noise", type=weight, metavar="LEVEL", help="on the features, in their "
+                       f"standard deviations sigma; FedIN (+Noise), Sec. 4.3: {fedin.NOISE_LEVEL}; "
+                       "default 0")
     group.add_argument("--projection", choices=("simplified", "exact", "sum"),
                        help="gradient alleviation: Eq. 13, Eq. 12, or none; default simplified")
     group.add_argument("--ablate", choices=ABLATIONS, nargs="+", action="extend",
-                       help="leave out IN training, the proximal term or the alleviation (Table 2b)")
+                       help="leave out IN training, the proximal term, the alleviation (Table 2b)")
     group.add_argument("--feature-batch-size", type=size, metavar="N",
                        help=f"rows of S, Fig. 6c; default {fedin.FEATURE_BATCH_SIZE}")
     group.add_argument("--feature-batches", type=count, metavar="N",
@@ -267,7 +270,7 @@ def num_participants(settings: dict) -> int:
     return max(1, round(settings["participation"] * settings["clients"]))
 
 
-# ---------------------------------------------------------------------------- set-up of a run
+# ---------------------------------------------------------------------------------- set-up of a run
 
 
 class Experiment(NamedTuple):
@@ -323,8 +326,7 @@ def prepare_experiment(settings: dict) -> Experiment:
     device = torch.device(settings["device"])
     on_device = loaded._replace(**{name: getattr(loaded, name).to(device)
                                    for name in ("x_train", "y_train", "x_test", "y_test")})
-    everyone = torch.cat(parts)
-    mean, deviation = data.channel_statistics(loaded.x_train[everyone])
+    mean, deviation = data.channel_statistics(loaded.x_train, torch.cat(parts))
     archs = models.MODELS[settings["model"]]
     clients = [Client(k, part.to(device), models.architecture_of(k, num_clients, archs))
                for k, part in enumerate(parts)]
@@ -348,24 +350,27 @@ def bind(method: Method, settings: dict) -> Method:
     return Method(*map(fill, method))
 
 
-def scratch(experiment: Experiment, arch: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """This thread's reusable network and optimiser of an architecture.
+def scratch(experiment: Experiment, arch: str, *,
+            training: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """This thread's reusable network of an architecture, and its optimiser.
 
-    channels_last is where it was measured to pay on a CPU: 1.24 x for the CNN's training; it costs
-    the ResNets 0.77 x in training at batch 16, and gains them 1.2 to 1.7 x in evaluation.
+    Memory is laid out channels_last where that was measured to pay on a CPU: 1.24 x in the CNN's
+    training, 1.2 to 1.7 x in evaluation; the ResNets' training at batch 16 would lose (0.77 x).
     """
     made = experiment.scratch.__dict__
-    if arch not in made:
+    if (arch, training) not in made:
         settings, images = experiment.settings, experiment.data.x_train
-        model = models.build_empty(arch, images.shape[1], len(experiment.data.classes), images.device)
-        if arch == "cnn" or threading.current_thread() is threading.main_thread():
+        num_classes = len(experiment.data.classes)
+        model = models.build_empty(arch, images.shape[1], num_classes, images.device)
+        if arch == "cnn" or not training:
             model = model.to(memory_format=torch.channels_last)
         kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[settings["optimizer"]]
-        made[arch] = model, kind(model.parameters(), lr=settings["lr"], fused=True)
-    return made[arch]
+        optimizer = kind(model.parameters(), lr=settings["lr"], fused=True)
+        made[arch, training] = model, optimizer
+    return made[arch, training]
 
 
-# ---------------------------------------------------------------------------------- one round
+# ---------------------------------------------------------------------------------------- one round
 
 
 def draw_participants(settings: dict, t: int) -> list[int]:
@@ -391,12 +396,12 @@ def train_client(experiment: Experiment, t: int, k: int, received: object,
         prepare = partial(data.augment, **prepare.keywords, rng=stream(data.AUGMENTATION),
                           kind=data.CHARACTERS if characters else data.Augmentation())
     own = data.ClientData(experiment.data.x_train, experiment.data.y_train, client.indices, prepare)
-    result = experiment.method.client_update(*scratch(experiment, client.arch), received, own,
-                                             stream, *memory)
+    model, optimizer = scratch(experiment, client.arch, training=True)
+    result = experiment.method.client_update(model, optimizer, received, own, stream, *memory)
     made = models.tensors_in((result.update, result.kept))
     if not (math.isfinite(result.loss) and all(tensor.isfinite().all() for tensor in made)):
-        raise FloatingPointError(f"round {t}, client {k}: the training loss is not finite any more; "
-                                 "a smaller --lr may help")
+        raise FloatingPointError(f"round {t}, client {k}: the training loss is not finite any "
+                                 "more; a smaller --lr may help")
     return result
 
 
@@ -410,9 +415,10 @@ def train_round(experiment: Experiment, pool: ThreadPoolExecutor, t: int, server
     method, clients = experiment.method, experiment.clients
     chosen = draw_participants(experiment.settings, t)
     received = {k: method.download(server, clients[k], experiment.stream(t, k)) for k in chosen}
-    kept = {k: () for k in chosen}
+    kept = {k: [] for k in chosen}
     if method.memory is not None:
-        kept = {k: (memory[k] if k in memory else method.memory(server, clients[k]),) for k in chosen}
+        kept = {k: [memory[k] if k in memory else method.memory(server, clients[k])]
+                for k in chosen}
 
     def cost(k: int) -> int:  # the largest first, so that no worker ends up alone with one
         return -len(clients[k].indices) * models.num_bytes(server["weights"][clients[k].arch])
@@ -432,14 +438,14 @@ def train_round(experiment: Experiment, pool: ThreadPoolExecutor, t: int, server
     return server, memory, figures
 
 
-# --------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
     """Accuracies in percent of the models that the clients use.
 
-    accuracy: on the whole test set, mean over clients; personal_accuracy: on each client's own share
-    of the test set, weighted by share.  Each distinct model predicts the test set once.
+    accuracy: on the whole test set, mean over clients; personal_accuracy: on each client's own
+    share of the test set, weighted by share.  Each distinct model predicts the test set once.
     """
     test, shares = experiment.data, experiment.test_shares
     prepare = partial(data.standardise, mean=experiment.statistics[0],
@@ -450,7 +456,7 @@ def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
         users.setdefault(key, (client.arch, weights, []))[2].append(client.id)
     whole = own = 0
     for arch, weights, ids in users.values():
-        model, _ = scratch(experiment, arch)
+        model, _ = scratch(experiment, arch, training=False)
         model.load_state_dict(weights)
         right = models.predict(model, test.x_test, prepare) == test.y_test
         whole += len(ids) * int(right.sum())
@@ -460,7 +466,7 @@ def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
             "personal_accuracy": 100 * own / shared if shared else None}
 
 
-# --------------------------------------------------------------------------- the files of a run
+# ------------------------------------------------------------------------------- the files of a run
 
 
 def write_atomically(path: Path, write: Callable) -> None:
@@ -481,17 +487,12 @@ def write_json(path: Path, value: dict) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
 
 
-def start_files(out: Path, settings: dict) -> None:
-    """Make the folder of a new run and write config.json.
-
-    Raises ValueError if it holds a run, or anything else, already.
-    """
-    held = [path.name for path in out.iterdir()] if out.is_dir() else []
-    if set(held) - {"config.json.tmp"}:  # left by a run that was killed in its first instant
-        raise ValueError(f"{out} is not empty: go on with its run by --resume --out {out}, or choose "
-                         "another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", settings)
+def check_free(out: Path) -> None:
+    """Raise ValueError if the folder of a new run holds a run, or anything else, already."""
+    held = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if held - {"config.json.tmp"}:  # which a run leaves that is killed in its first instant
+        raise ValueError(f"{out} is not empty: go on with its run by --resume --out {out}, or "
+                         "choose another --out")
 
 
 def read_config(out: Path, typed: dict) -> dict:
@@ -503,10 +504,11 @@ def read_config(out: Path, typed: dict) -> dict:
         settings = json.loads((out / "config.json").read_text())
         known = settings["method"] in METHODS and settings["rounds"]
     except FileNotFoundError as error:
-        raise ValueError(f"there is no run in {out} to resume: check --out, or leave out --resume to "
-                         "start one") from error
+        raise ValueError(f"there is no run in {out} to resume: check --out, or leave out --resume "
+                         "to start one") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{out / 'config.json'} is damaged: start anew with another --out") from error
+        raise ValueError(f"{out / 'config.json'} is damaged: start anew with another --out"
+                         ) from error
     if not known:
         raise ValueError(f"{out / 'config.json'} is not of this program: check --out")
     for name, value in typed.items():
@@ -514,24 +516,32 @@ def read_config(out: Path, typed: dict) -> dict:
         if name not in settings:
             raise ValueError(f"{flag} is not read by the run in {out}: leave it out")
         if settings[name] != value and name not in MAY_CHANGE:
-            raise ValueError(f"{flag} {value} differs from the {settings[name]} of the run in {out}: "
-                             "leave it out, or start a new run with another --out")
+            raise ValueError(f"{flag} {value} differs from the {settings[name]} of the run in "
+                             f"{out}: leave it out, or start a new run with another --out")
     if typed.get("rounds", settings["rounds"]) < settings["rounds"]:
-        raise ValueError(f"--rounds {typed['rounds']} is less than the {settings['rounds']} of the "
-                         f"run in {out}: it may only grow")
+        raise ValueError(f"--rounds {typed['rounds']} is less than the {settings['rounds']} of "
+                         f"the run in {out}: it may only grow")
     settings |= typed
     find_device(settings["device"])
     return settings
 
 
-def save_checkpoint(out: Path, t: int, server: dict, memory: dict, totals: dict) -> None:
-    """Write everything that round t + 1 needs, in plain types that load without unpickling."""
-    state = {"round": t, "server": server, "memory": memory, "totals": totals}
-    write_atomically(out / "checkpoint.pt", lambda file: torch.save(state, file))
+class Progress(NamedTuple):
+    """Everything that the next round needs."""
+
+    round: int  # the last one that is finished
+    server: dict
+    memory: dict  # client id -> what stays on its device, for those that have taken part
+    totals: dict  # sums over all rounds so far
 
 
-def load_checkpoint(out: Path, device: torch.device) -> dict | None:
-    """The state that save_checkpoint wrote, or None if there is none yet.
+def save_checkpoint(out: Path, progress: Progress) -> None:
+    """Write the progress of a run in plain types, which load without unpickling."""
+    write_atomically(out / "checkpoint.pt", lambda file: torch.save(progress._asdict(), file))
+
+
+def load_checkpoint(out: Path, device: str) -> Progress | None:
+    """The progress that save_checkpoint wrote, or None if there is none yet.
 
     Raises ValueError if the file is damaged.
     """
@@ -539,10 +549,10 @@ def load_checkpoint(out: Path, device: torch.device) -> dict | None:
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged ({data.first_line(error)}): delete it to start its run "
-                         "anew with --resume") from error
+        return Progress(**torch.load(path, map_location=device, weights_only=True))
+    except (RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged ({data.first_line(error)}): delete it to start its "
+                         "run anew with --resume") from error
 
 
 def trim_metrics(path: Path, last_round: int) -> list[dict]:
@@ -570,7 +580,7 @@ def append_metrics(path: Path, entry: dict) -> None:
 
 
 def summarise(history: list[dict], totals: dict) -> dict:
-    """What result.json holds: the last evaluation, the best, the mean of the last ten, and totals."""
+    """What result.json holds: the last evaluation, the best, the mean of the last ten, totals."""
     last, best = history[-1], max(history, key=lambda entry: entry["accuracy"])
     recent = [entry["accuracy"] for entry in history[-10:]]
     return {"rounds": last["round"], "accuracy": last["accuracy"],
@@ -588,20 +598,22 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
     left, right = figure.subplots(1, 2)
     rounds = [entry["round"] for entry in history]
     marker = "o" if len(rounds) <= 30 else None
-    for name, label in (("accuracy", "whole test set"), ("personal_accuracy", "own share of it")):
-        left.plot(rounds, [entry[name] for entry in history], marker=marker, markersize=3, label=label)
-    left.set(xlabel="round", ylabel="test accuracy, %")
-    left.legend()
-    right.plot(rounds, [entry["loss"] for entry in history], marker=marker, markersize=3, color="C3")
-    right.set(xlabel="round", ylabel="training cross entropy")
+    for axes, name, label, colour in ((left, "accuracy", "whole test set", "C0"),
+                                      (left, "personal_accuracy", "own share of it", "C1"),
+                                      (right, "loss", "training images", "C3")):
+        axes.plot(rounds, [entry[name] for entry in history], marker=marker, markersize=3,
+                  label=label, color=colour)
+    left.set(xlabel="round", ylabel="accuracy, %")
+    right.set(xlabel="round", ylabel="cross entropy")
     for axes in (left, right):
+        axes.legend()
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 
 
-# ------------------------------------------------------------------------------------ terminal
+# ----------------------------------------------------------------------------------------- terminal
 
 
 def describe(experiment: Experiment, weights: dict[str, models.State], out: Path) -> None:
@@ -622,8 +634,8 @@ def describe(experiment: Experiment, weights: dict[str, models.State], out: Path
         size = sum(tensor.numel() for tensor in models.build_empty(
             arch, channels, len(held.classes), torch.device("meta")).parameters())
         print(f"{arch}: {size:,} parameters, {models.num_bytes(state) / 1e6:.2f} MB with buffers")
-    own = {name: settings[name] for name in METHOD_DEFAULTS[settings["method"]]}
-    print("method: " + (", ".join(f"{name} {value}" for name, value in own.items()) or "no options"))
+    own = [f"{name} {settings[name]}" for name in METHOD_DEFAULTS[settings["method"]]]
+    print(f"options of {settings['method']}: {', '.join(own) or 'none'}")
     if settings["setting"] != "quick" and settings["device"] == "cpu":
         print("on a CPU the papers' full settings take many hours; --setting quick is a small one")
     print(f"output: {out}\n", flush=True)
@@ -640,7 +652,8 @@ def print_partition(experiment: Experiment) -> None:
     print("client  " + f"{'network':10}{'images':>7}" + "".join(
         f"{name[:6]:>7}" for name in experiment.data.classes))
     for client, row, total in zip(experiment.clients, counts, sizes):
-        print(f"{client.id:>6}  {client.arch:10}{total:>7}" + "".join(f"{n or '.':>7}" for n in row))
+        cells = "".join(f"{n or '.':>7}" for n in row)
+        print(f"{client.id:>6}  {client.arch:10}{total:>7}{cells}")
 
 
 def report(out: Path, result: dict) -> None:
@@ -653,20 +666,13 @@ def report(out: Path, result: dict) -> None:
     print(f"written to {out}: metrics.jsonl, result.json, curves.png, config.json, checkpoint.pt")
 
 
-# ---------------------------------------------------------------------------------------- main
+# --------------------------------------------------------------------------------------------- main
 
 
-def train(experiment: Experiment, server: dict, out: Path, resume: bool) -> None:
-    """All rounds, from the first or from the checkpoint, and the files they leave in out."""
+def train(experiment: Experiment, progress: Progress, out: Path) -> None:
+    """All rounds that are left to do, and the files that they leave in out."""
     settings, metrics = experiment.settings, out / "metrics.jsonl"
-    start, memory = 0, {}
-    totals = {"upload_mb": 0.0, "download_mb": 0.0, "samples": 0, "clock": 0.0,
-              "training_seconds": 0.0, "seconds": 0.0}
-    saved = load_checkpoint(out, torch.device(settings["device"])) if resume else None
-    if saved is not None:
-        start, server, memory = saved["round"], saved["server"], saved["memory"]
-        totals = saved["totals"]
-        print(f"going on after round {start}", flush=True)
+    start, server, memory, totals = progress
     history = trim_metrics(metrics, start)
     before = time.perf_counter() - totals["seconds"]
     pool = ThreadPoolExecutor(settings["workers"], initializer=torch.set_num_threads,
@@ -688,11 +694,11 @@ def train(experiment: Experiment, server: dict, out: Path, resume: bool) -> None
                 bar.set_postfix_str(f"accuracy {entry['accuracy']:.1f} %, loss {entry['loss']:.3f}")
             totals["seconds"] = time.perf_counter() - before
             if t % settings["checkpoint_every"] == 0 or t == settings["rounds"]:
-                save_checkpoint(out, t, server, memory, totals)
+                save_checkpoint(out, Progress(t, server, memory, totals))
             bar.update()
             if t == start + 1 < settings["rounds"]:
                 left = (time.perf_counter() - round_start) * (settings["rounds"] - t)
-                bar.write(f"round {t} took {seconds:.1f} s; about {left / 60:.0f} min to go",
+                bar.write(f"round {t} took {seconds:.1f} s, about {duration(left)} to go",
                           file=sys.stdout)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -703,53 +709,64 @@ def train(experiment: Experiment, server: dict, out: Path, resume: bool) -> None
     report(out, result)
 
 
-def set_up(argv: list[str] | None) -> tuple[Experiment, dict, Path, bool]:
-    """From the command line to an experiment, the server's first state and the folder of the run.
+def duration(seconds: float) -> str:
+    """A time to read: seconds, minutes or hours."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, Path]:
+    """From the command line to an experiment, its first or last state and its folder.
 
     Raises ValueError or OSError if the user has to change something.
     """
     typed = vars(parser().parse_args(argv))
     resume, out = typed.pop("resume", False), typed.pop("out", None)
     if out is None:
-        name = typed.get("dataset", "digits")
-        out = f"runs/{typed.get('method', 'fedin')}-{Path(name).stem}-{typed.get('seed', 0)}"
+        name = Path(typed.get("dataset", "digits")).stem
+        out = f"runs/{typed.get('method', 'fedin')}-{name}-{typed.get('seed', 0)}"
     out = Path(out)
-    settings = read_config(out, typed) if resume else resolve(typed)
+    if resume:
+        settings = read_config(out, typed)
+        saved = load_checkpoint(out, settings["device"])
+    else:
+        check_free(out)
+        settings, saved = resolve(typed), None
     settings["versions"] = {"python": platform.python_version(), "torch": torch.__version__,
                             "torchvision": torchvision.__version__}
-    experiment = prepare_experiment(settings)
-    if resume:
-        write_json(out / "config.json", settings)
-    else:
-        start_files(out, settings)
     torch.set_num_threads(num_cores())  # of this thread; each worker sets its own
-    channels, num_classes = experiment.data.x_train.shape[1], len(experiment.data.classes)
-    weights = models.initial_weights(models.MODELS[settings["model"]], channels, num_classes,
-                                     data.torch_stream(settings["seed"], data.INITIAL_WEIGHTS))
-    device = torch.device(settings["device"])
-    moved = {tensor: tensor.to(device) for tensor in models.tensors_in(weights)}
-    weights = {arch: {name: moved[tensor] for name, tensor in state.items()}
-               for arch, state in weights.items()}
+    experiment = prepare_experiment(settings)
+    weights = models.initial_weights(
+        models.MODELS[settings["model"]], experiment.data.x_train.shape[1],
+        len(experiment.data.classes), data.torch_stream(settings["seed"], data.INITIAL_WEIGHTS),
+        torch.device(settings["device"]))
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", settings)
     describe(experiment, weights, out)
-    return experiment, experiment.method.init(weights), out, resume
+    if saved is not None:
+        print(f"going on after round {saved.round}\n", flush=True)
+    totals = {"upload_mb": 0.0, "download_mb": 0.0, "samples": 0, "clock": 0.0,
+              "training_seconds": 0.0, "seconds": 0.0}
+    return experiment, saved or Progress(0, experiment.method.init(weights), {}, totals), out
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status (README, "When something goes wrong")."""
-    out = None
     try:
-        experiment, server, out, resume = set_up(argv)
+        experiment, progress, out = set_up(argv)
     except (ValueError, OSError) as error:
         return complain(error, 2)
     except KeyboardInterrupt:
         return complain("stopped before the first round", 130)
     go_on = f"go on with: python run.py --resume --out {out}"
     try:
-        train(experiment, server, out, resume)
+        train(experiment, progress, out)
     except FloatingPointError as error:
         return complain(f"{error}; {out} holds the rounds before it", 1)
-    except (ValueError, OSError) as error:
-        return complain(f"{error}; {go_on}", 2)
+    except OSError as error:
+        return complain(f"{error}; the rounds before are safe, {go_on}", 2)
     except KeyboardInterrupt:
         return complain(f"stopped; {go_on}", 130)
     return 0
