@@ -10,6 +10,7 @@ is ever copied per client, and there is no loader between the tensors and the ne
 
 import os
 import pickle
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -89,7 +90,11 @@ def load(dataset: str, data_dir: str | Path = "data") -> Dataset:
         cache = Path(data_dir) / f"{dataset}-{IMAGE_SIZE}x{IMAGE_SIZE}.npz"
         if not cache.exists():
             write_npz(cache, download(dataset, data_dir))
-        return read_npz(cache)
+        try:
+            return read_npz(cache)
+        except ValueError as error:
+            raise ValueError(f"the cached copy {cache} is damaged: delete it to have it made again"
+                             ) from error
     if not dataset.endswith(".npz"):
         raise ValueError(f"unknown dataset '{dataset}': choose one of {', '.join(DATASETS)}, "
                          "or give the path of an .npz file")
@@ -157,8 +162,10 @@ def read_npz(path: str | Path) -> Dataset:
             raise ValueError("not a zip archive")
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files if name in Dataset._fields}
-    except (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile,
-            zlib.error) as error:
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("it holds a file that is no array")
+    except (OSError, ValueError, EOFError, RuntimeError, MemoryError, tokenize.TokenError,
+            zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({first_line(error)}): expected an .npz written "
                          "by numpy.savez with plain numeric arrays") from error
     missing = [name for name in Dataset._fields[:4] if name not in arrays]
@@ -241,14 +248,15 @@ def check_labels(name: str, labels: np.ndarray, count: int) -> None:
 
 def to_images(array: np.ndarray) -> Tensor:
     """Images (N, H, W) or (N, H, W, C), 0..255 or floats in 0..1, as uint8 (N, C, 32, 32)."""
-    if array.dtype.kind == "f":
-        array = np.rint(array * 255)
-    images = torch.from_numpy(np.ascontiguousarray(array.astype(np.uint8)))
-    images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
-    size = [IMAGE_SIZE, IMAGE_SIZE]
-    if list(images.shape[2:]) != size:  # in chunks, because resizing works in floats
-        images = torch.cat([resize(chunk, size, antialias=True) for chunk in images.split(1000)])
-    return images.contiguous()
+    chunks, size = [], [IMAGE_SIZE, IMAGE_SIZE]
+    for start in range(0, len(array), 1000):  # because floats and resizing take several times the room
+        chunk = array[start:start + 1000]
+        chunk = np.rint(chunk * 255) if chunk.dtype.kind == "f" else chunk
+        images = torch.from_numpy(chunk.astype(np.uint8))
+        images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
+        chunks.append(images if list(images.shape[2:]) == size else
+                      resize(images, size, antialias=True))
+    return torch.cat(chunks).contiguous()
 
 
 def first_line(error: BaseException) -> str:

@@ -69,8 +69,8 @@ def project_gradient(inner: Tensor, local: Tensor) -> Tensor:
     """
     a = (local * local).sum()
     b = (local * inner).sum()
-    # Clamped rather than branched on, so that nothing waits for the device; b < 0 implies a > 0,
-    # and the smallest normal float keeps 0/0 out where G_local is zero.
+    # Clamped rather than branched on, so that nothing waits for the device.  The smallest normal
+    # float keeps 0/0 out where G_local is zero or so small that a underflows: Z is then G_IN.
     step = b.clamp(max=0) / a.clamp(min=torch.finfo(a.dtype).tiny)
     return inner - step * local
 
@@ -94,10 +94,10 @@ def project_gradients(inner: Mapping[str, Tensor], local: Mapping[str, Tensor], 
 
 def add_noise(s: Tensor, level: float, rng: torch.Generator, *,
               per_channel: bool = False) -> Tensor:
-    """s + level z with z ~ N(0, sigma^2), where sigma is the standard deviation of s itself.
+    """s + level sigma z with z ~ N(0, 1), where sigma is the standard deviation of s itself.
 
     sigma is taken over the whole tensor, or over each channel, and carries no gradient.
-    level: in units of sigma; at 0 nothing is drawn and s itself is returned
+    level: 0.8 in the paper (Sec. 4.3); at 0 nothing is drawn and s itself is returned
     """
     if level == 0:
         return s
@@ -155,7 +155,8 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Receiv
     in_statistics: what batch normalisation does with other clients' features in IN training:
         "batch and running" (plain training mode), "batch" (running statistics unmoved) or "running"
     whole: Eq. 12 on all intermediate layers as one vector, or weight by weight
-    Without features to learn from, the loss is l_local with coefficient 1: this is then FedProx.
+    Without features to learn from, the loss is l_local with coefficient 1: without noise this is
+    then FedProx.
     """
     reset(model, optimizer, received.weights)
     rng = stream(NOISE)
@@ -204,14 +205,18 @@ def feature_pairs(features: Features | None, batch_size: int) -> list[Features]:
 @contextmanager
 def normalisation(intermediate: nn.Module, statistics: str):
     """Batch normalisation for IN training; see in_statistics of fedin_client_update."""
-    layers = [m for m in intermediate.modules() if isinstance(m, nn.BatchNorm2d)]
+    by_batch, track = {"batch and running": (True, True), "batch": (True, False),
+                       "running": (False, True)}[statistics]
+    layers = [layer for layer in intermediate.modules() if isinstance(layer, nn.BatchNorm2d)]
     for layer in layers:
-        layer.train(statistics != "running")
-        layer.track_running_stats = statistics != "batch"
-    yield
-    for layer in layers:
-        layer.train()
-        layer.track_running_stats = True
+        layer.train(by_batch)
+        layer.track_running_stats = track
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()
+            layer.track_running_stats = True
 
 
 def set_projected_gradients(intermediate: nn.Module, l_in: Tensor, whole: bool) -> None:
@@ -220,7 +225,7 @@ def set_projected_gradients(intermediate: nn.Module, l_in: Tensor, whole: bool) 
     inner = dict(zip(parameters, torch.autograd.grad(l_in, list(parameters.values()))))
     local = {name: parameter.grad for name, parameter in parameters.items()}
     for name, gradient in project_gradients(inner, local, whole=whole).items():
-        parameters[name].grad = gradient
+        parameters[name].grad.copy_(gradient)  # in the parameter's memory layout, as fused Adam needs
 
 
 @torch.no_grad()
@@ -249,7 +254,8 @@ def fedin_server_update(server: dict, updates: Mapping[int, Update], *,
     sent = {k: updates[k].features for k in sorted(updates) if updates[k].features is not None}
     if not sent:
         return {**server, "pool": {}}
-    owner = torch.cat([torch.full((len(s_in),), k) for k, (s_in, _) in sent.items()])
+    owner = torch.cat([torch.full((len(s_in),), k, device=s_in.device)
+                       for k, (s_in, _) in sent.items()])
     return {**server, "pool": {"owner": owner,
                                "s_in": torch.cat([s_in for s_in, _ in sent.values()]),
                                "s_out": torch.cat([s_out for _, s_out in sent.values()])}}

@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import platform
+import struct
 import sys
 import threading
 import time
@@ -24,7 +25,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torchvision
 from matplotlib.figure import Figure
@@ -96,17 +96,16 @@ MAY_CHANGE = ("rounds", "workers", "device", "data_dir")  # on --resume
 # ------------------------------------------------------------------------------------- command line
 
 
-def number(kind: type, low: float, high: float = math.inf, *, open_low: bool = False) -> Callable:
-    """An argparse type: a finite number of a kind, from low (or above it) to high."""
-    bounds = f"{'above' if open_low else 'at least'} {low:g}" + (
-        f" and at most {high:g}" if math.isfinite(high) else "")
+def number(kind: type, low: float, high: float = 1e9, *, open_low: bool = False) -> Callable:
+    """An argparse type: a number of a kind, from low (or above it) to high."""
+    bounds = f"{'above' if open_low else 'at least'} {low:g} and at most {high:g}"
 
     def convert(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and low <= value <= high) or (open_low and value == low):
+        if not low <= value <= high or (open_low and value == low):
             noun = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"must be {noun} {bounds}, not '{text}'")
         return value
@@ -126,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS, epilog="Values not given come from --setting, then "
         "from the method. A flag that the run does not read is an error.")
     top.error = raise_usage_error
-    count, size = number(int, 1), number(int, 2)
+    count, size, few = number(int, 1), number(int, 2), number(int, 1, 1024)
     positive, weight = number(float, 0, open_low=True), number(float, 0)
 
     group = top.add_argument_group("what to run")
@@ -173,9 +172,9 @@ def parser() -> argparse.ArgumentParser:
 
     group = top.add_argument_group("machine and files")
     group.add_argument("--device", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
-    group.add_argument("--workers", type=count,
+    group.add_argument("--workers", type=few,
                        help="clients trained at a time; default the cores on a CPU, 1 on a GPU")
-    group.add_argument("--threads", type=count, help="of each of them; default 1")
+    group.add_argument("--threads", type=few, help="of each of them; default 1")
     group.add_argument("--out", metavar="DIR", help="default runs/METHOD-DATASET-SEED")
     group.add_argument("--resume", action="store_true",
                        help="go on with the run in --out; --rounds may grow")
@@ -253,8 +252,8 @@ def find_device(name: str) -> torch.device:
     """The device of a name.  Raises ValueError if there is none of that name on this machine."""
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by kind of device
+        torch.ones(1, dtype=torch.float64, device=device).cpu()  # what averaging needs
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises each, by device
         raise ValueError(f"--device {name} cannot be used ({data.first_line(error)}): "
                          f"try --device {default_device()}") from error
     return device
@@ -282,8 +281,8 @@ class Experiment(NamedTuple):
     clients: list[Client]
     test_shares: list[torch.Tensor]  # client -> indices of its test images
     statistics: tuple[torch.Tensor, torch.Tensor]  # mean and deviation of the training images
-    speeds: np.ndarray  # images a client trains on in a unit of virtual time
-    scratch: threading.local  # each thread's reusable networks and optimisers
+    speeds: list[float]  # images a client trains on in a unit of virtual time
+    reusable: threading.local  # each thread's networks and optimisers, see scratch
 
     def stream(self, t: int, client: int) -> Callable[[int], torch.Generator]:
         """The random streams of one client in one round, by purpose."""
@@ -308,6 +307,9 @@ def prepare_experiment(settings: dict) -> Experiment:
                                     data.numpy_stream(seed, data.SUBSET))
         loaded = loaded._replace(x_train=loaded.x_train[kept], y_train=loaded.y_train[kept])
 
+    if len(loaded.y_train) < 2 * num_clients:
+        raise ValueError(f"{len(loaded.y_train)} training images cannot give each of {num_clients} "
+                         "clients the two that it needs: use fewer --clients or more images")
     rng = data.numpy_stream(seed, data.PARTITION)
     if settings["partition"] == "iid":
         parts = data.partition_iid(loaded.y_train, num_clients, rng)
@@ -318,8 +320,8 @@ def prepare_experiment(settings: dict) -> Experiment:
                                             settings["classes_per_client"], rng)
     for k, part in enumerate(parts):
         if len(part) < 2:
-            raise ValueError(f"{len(loaded.y_train)} training images leave client {k} with "
-                             f"{len(part)}, and each needs two: use fewer --clients or more images")
+            raise ValueError(f"this partition leaves client {k} with {len(part)} images, and each "
+                             "needs two: use fewer --clients or more images")
     shares = data.share_test(loaded.y_test, loaded.y_train, parts,
                              data.numpy_stream(seed, data.TEST_SHARES))
 
@@ -333,7 +335,8 @@ def prepare_experiment(settings: dict) -> Experiment:
     speeds = SPEED_SPREAD ** data.numpy_stream(seed, data.SPEEDS).uniform(size=num_clients)
     return Experiment(settings, bind(METHODS[settings["method"]], settings), on_device, clients,
                       [share.to(device) for share in shares],
-                      (mean.to(device), deviation.to(device)), speeds, threading.local())
+                      (mean.to(device), deviation.to(device)), speeds.tolist(),
+                      threading.local())
 
 
 def bind(method: Method, settings: dict) -> Method:
@@ -357,7 +360,7 @@ def scratch(experiment: Experiment, arch: str, *,
     Memory is laid out channels_last where that was measured to pay on a CPU: 1.24 x in the CNN's
     training, 1.2 to 1.7 x in evaluation; the ResNets' training at batch 16 would lose (0.77 x).
     """
-    made = experiment.scratch.__dict__
+    made = experiment.reusable.__dict__
     if (arch, training) not in made:
         settings, images = experiment.settings, experiment.data.x_train
         num_classes = len(experiment.data.classes)
@@ -398,9 +401,9 @@ def train_client(experiment: Experiment, t: int, k: int, received: object,
     own = data.ClientData(experiment.data.x_train, experiment.data.y_train, client.indices, prepare)
     model, optimizer = scratch(experiment, client.arch, training=True)
     result = experiment.method.client_update(model, optimizer, received, own, stream, *memory)
-    made = models.tensors_in((result.update, result.kept))
-    if not (math.isfinite(result.loss) and all(tensor.isfinite().all() for tensor in made)):
-        raise FloatingPointError(f"round {t}, client {k}: the training loss is not finite any "
+    finite = [tensor.isfinite().all() for tensor in models.tensors_in((result.update, result.kept))]
+    if not (math.isfinite(result.loss) and torch.stack(finite).all()):
+        raise FloatingPointError(f"round {t}, client {k}: the loss or a weight is not finite any "
                                  "more; a smaller --lr may help")
     return result
 
@@ -477,7 +480,9 @@ def write_atomically(path: Path, write: Callable) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except RuntimeError as error:  # how torch.save reports a full disk
+    except RuntimeError as error:  # torch.save's own, after any other: a full disk, a Ctrl-C
+        if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
+            raise error.__context__ from None
         raise OSError(f"cannot write {temporary}: {data.first_line(error)}") from error
     os.replace(temporary, path)
 
@@ -489,6 +494,8 @@ def write_json(path: Path, value: dict) -> None:
 
 def check_free(out: Path) -> None:
     """Raise ValueError if the folder of a new run holds a run, or anything else, already."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another --out")
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if held - {"config.json.tmp"}:  # which a run leaves that is killed in its first instant
         raise ValueError(f"{out} is not empty: go on with its run by --resume --out {out}, or "
@@ -502,15 +509,16 @@ def read_config(out: Path, typed: dict) -> dict:
     """
     try:
         settings = json.loads((out / "config.json").read_text())
-        known = settings["method"] in METHODS and settings["rounds"]
+        like = {name: settings[name] for name in ("method", "dataset", "partition", "device")}
+        whole = resolve(like).keys() <= settings.keys() and isinstance(settings["rounds"], int)
     except FileNotFoundError as error:
         raise ValueError(f"there is no run in {out} to resume: check --out, or leave out --resume "
                          "to start one") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{out / 'config.json'} is damaged: start anew with another --out"
                          ) from error
-    if not known:
-        raise ValueError(f"{out / 'config.json'} is not of this program: check --out")
+    if not whole:
+        raise ValueError(f"{out / 'config.json'} lacks settings: start anew with another --out")
     for name, value in typed.items():
         flag = f"--{name.replace('_', '-')}"
         if name not in settings:
@@ -550,25 +558,40 @@ def load_checkpoint(out: Path, device: str) -> Progress | None:
         return None
     try:
         return Progress(**torch.load(path, map_location=device, weights_only=True))
-    except (RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged ({data.first_line(error)}): delete it to start its "
-                         "run anew with --resume") from error
+    except (RuntimeError, EOFError, TypeError, LookupError, struct.error,
+            pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged: move it away, and --resume starts at round 1"
+                         ) from error
 
 
-def trim_metrics(path: Path, last_round: int) -> list[dict]:
-    """The lines of metrics.jsonl up to a round; later lines and a torn last one are dropped."""
-    lines, history = path.read_bytes().splitlines(keepends=True) if path.exists() else [], []
+def trim_metrics(path: Path, last_round: int, settings: dict) -> list[dict]:
+    """The lines of metrics.jsonl that a run would have that reached last_round without a stop.
+
+    Dropped are later lines, a torn last one, and that of a round that was evaluated only because it
+    was the last before --rounds grew.  Raises ValueError if a line is missing.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept, history = [], []
     for line in lines:
         try:
             entry = json.loads(line)
         except ValueError:
             break
-        if not line.endswith(b"\n") or entry["round"] > last_round:
-            break
-        history.append(entry)
-    if len(history) < len(lines):
-        write_atomically(path, lambda file: file.writelines(lines[: len(history)]))
+        if line.endswith(b"\n") and entry["round"] <= last_round and is_evaluated(
+                entry["round"], settings):
+            kept.append(line)
+            history.append(entry)
+    if len(kept) != sum(is_evaluated(t, settings) for t in range(1, last_round + 1)):
+        raise ValueError(f"{path} lacks lines of rounds that are done: restore it, or start a new "
+                         "run with another --out")
+    if len(kept) < len(lines):
+        write_atomically(path, lambda file: file.writelines(kept))
     return history
+
+
+def is_evaluated(t: int, settings: dict) -> bool:
+    """Whether round t is one of those after which the models are evaluated."""
+    return t % settings["eval_every"] == 0 or t == settings["rounds"]
 
 
 def append_metrics(path: Path, entry: dict) -> None:
@@ -616,7 +639,7 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
 # ----------------------------------------------------------------------------------------- terminal
 
 
-def describe(experiment: Experiment, weights: dict[str, models.State], out: Path) -> None:
+def describe(experiment: Experiment, server: dict, out: Path) -> None:
     """Print what is about to run."""
     settings, held = experiment.settings, experiment.data
     channels, height, width = held.x_train.shape[1:]
@@ -630,15 +653,32 @@ def describe(experiment: Experiment, weights: dict[str, models.State], out: Path
     skew = {"dirichlet": "alpha", "pathological": "classes_per_client"}.get(settings["partition"])
     print(f"partition: {settings['partition']}" + (f", {skew} {settings[skew]:g}" if skew else ""))
     print_partition(experiment)
-    for arch, state in weights.items():
+    for arch, state in server["weights"].items():
         size = sum(tensor.numel() for tensor in models.build_empty(
             arch, channels, len(held.classes), torch.device("meta")).parameters())
         print(f"{arch}: {size:,} parameters, {models.num_bytes(state) / 1e6:.2f} MB with buffers")
+    print(f"traffic: about {expected_traffic(experiment, server):.0f} MB each way a round")
     own = [f"{name} {settings[name]}" for name in METHOD_DEFAULTS[settings["method"]]]
     print(f"options of {settings['method']}: {', '.join(own) or 'none'}")
     if settings["setting"] != "quick" and settings["device"] == "cpu":
         print("on a CPU the papers' full settings take many hours; --setting quick is a small one")
     print(f"output: {out}\n", flush=True)
+
+
+def expected_traffic(experiment: Experiment, server: dict) -> float:
+    """Megabytes that an average round sends down, and up again, after the first."""
+    settings, clients = experiment.settings, experiment.clients
+    total = sum(models.num_bytes(experiment.method.download(server, client,
+                                                            experiment.stream(0, client.id)))
+                for client in clients) / len(clients)
+    if settings.get("feature_batches"):
+        images = torch.empty(1, *experiment.data.x_train.shape[1:], device="meta")
+        net = models.build_empty(clients[0].arch, images.shape[1], len(experiment.data.classes),
+                                 torch.device("meta")).eval()
+        s_in = net.extractor(images)
+        total += (models.num_bytes([s_in, net.intermediate(s_in)])
+                  * settings["feature_batch_size"] * settings["feature_batches"])
+    return total * num_participants(settings) / 1e6
 
 
 def print_partition(experiment: Experiment) -> None:
@@ -669,11 +709,14 @@ def report(out: Path, result: dict) -> None:
 # --------------------------------------------------------------------------------------------- main
 
 
-def train(experiment: Experiment, progress: Progress, out: Path) -> None:
-    """All rounds that are left to do, and the files that they leave in out."""
-    settings, metrics = experiment.settings, out / "metrics.jsonl"
+def train(experiment: Experiment, progress: Progress, history: list[dict], out: Path) -> None:
+    """All rounds that are left to do, and the files that they leave in out.
+
+    history: the lines of metrics.jsonl so far
+    """
+    settings = experiment.settings
     start, server, memory, totals = progress
-    history = trim_metrics(metrics, start)
+    saved = start
     before = time.perf_counter() - totals["seconds"]
     pool = ThreadPoolExecutor(settings["workers"], initializer=torch.set_num_threads,
                               initargs=(settings["threads"],))
@@ -686,26 +729,33 @@ def train(experiment: Experiment, progress: Progress, out: Path) -> None:
             seconds = time.perf_counter() - round_start
             totals = {name: value + figures.get(name, 0) for name, value in totals.items()}
             totals["training_seconds"] += seconds
-            if t % settings["eval_every"] == 0 or t == settings["rounds"]:
+            if is_evaluated(t, settings):
                 entry = {"round": t, **evaluate(experiment, server, memory), **figures,
                          "clock": totals["clock"], "seconds": round(seconds, 3)}
-                append_metrics(metrics, entry)
+                append_metrics(out / "metrics.jsonl", entry)
                 history.append(entry)
                 bar.set_postfix_str(f"accuracy {entry['accuracy']:.1f} %, loss {entry['loss']:.3f}")
             totals["seconds"] = time.perf_counter() - before
+            progress = Progress(t, server, memory, totals)
             if t % settings["checkpoint_every"] == 0 or t == settings["rounds"]:
-                save_checkpoint(out, Progress(t, server, memory, totals))
+                save_checkpoint(out, progress)
+                saved = t
             bar.update()
             if t == start + 1 < settings["rounds"]:
                 left = (time.perf_counter() - round_start) * (settings["rounds"] - t)
-                bar.write(f"round {t} took {seconds:.1f} s, about {duration(left)} to go",
+                bar.write(f"round {t} took {seconds:.1f} s; at this pace {duration(left)} to go",
                           file=sys.stdout)
+    except KeyboardInterrupt:
+        if progress.round > saved:
+            save_checkpoint(out, progress)
+        raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         bar.close()
     result = summarise(history, totals)
     write_json(out / "result.json", result)
-    draw_curves(out / "curves.png", history, f"{settings['method']} on {settings['dataset']}")
+    draw_curves(out / "curves.png", history,
+                f"{settings['method']} on {Path(settings['dataset']).stem}")
     report(out, result)
 
 
@@ -717,8 +767,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, Path]:
-    """From the command line to an experiment, its first or last state and its folder.
+def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Path]:
+    """From the command line to an experiment, its progress and metrics so far, and its folder.
 
     Raises ValueError or OSError if the user has to change something.
     """
@@ -742,27 +792,29 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, Path]:
         models.MODELS[settings["model"]], experiment.data.x_train.shape[1],
         len(experiment.data.classes), data.torch_stream(settings["seed"], data.INITIAL_WEIGHTS),
         torch.device(settings["device"]))
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "config.json", settings)
-    describe(experiment, weights, out)
-    if saved is not None:
-        print(f"going on after round {saved.round}\n", flush=True)
     totals = {"upload_mb": 0.0, "download_mb": 0.0, "samples": 0, "clock": 0.0,
               "training_seconds": 0.0, "seconds": 0.0}
-    return experiment, saved or Progress(0, experiment.method.init(weights), {}, totals), out
+    progress = saved or Progress(0, experiment.method.init(weights), {}, totals)
+    out.mkdir(parents=True, exist_ok=True)
+    history = trim_metrics(out / "metrics.jsonl", progress.round, settings)
+    write_json(out / "config.json", settings)
+    describe(experiment, progress.server, out)
+    if resume:
+        print(f"going on after round {progress.round}\n", flush=True)
+    return experiment, progress, history, out
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status (README, "When something goes wrong")."""
     try:
-        experiment, progress, out = set_up(argv)
+        experiment, progress, history, out = set_up(argv)
     except (ValueError, OSError) as error:
         return complain(error, 2)
     except KeyboardInterrupt:
         return complain("stopped before the first round", 130)
     go_on = f"go on with: python run.py --resume --out {out}"
     try:
-        train(experiment, progress, out)
+        train(experiment, progress, history, out)
     except FloatingPointError as error:
         return complain(f"{error}; {out} holds the rounds before it", 1)
     except OSError as error:

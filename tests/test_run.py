@@ -1,0 +1,477 @@
+"""The command line from outside: what a run writes, repeats, survives and refuses."""
+
+import ast
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import baselines
+import data
+import fedin
+import models
+import run
+
+ROOT = Path(__file__).resolve().parents[1]
+RESNETS = ("--train-images 120 --clients 5 --participation 0.6 --local-epochs 1 --partition iid "
+           "--batch-size 12").split()
+RESNET10 = [*RESNETS, "--model", "resnet10"]  # with batch normalisation, and a third of the time
+CNN = [*RESNETS, "--model", "cnn"]
+
+
+def go(out: Path, *flags: str) -> list[dict]:
+    """A run through main, in this process; returns the lines of metrics.jsonl without timings."""
+    assert run.main([*flags, "--out", str(out)]) == 0
+    return lines(out)
+
+
+def lines(out: Path) -> list[dict]:
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in entries]
+
+
+def result(out: Path) -> dict:
+    timings = ("seconds", "images_per_second")
+    written = json.loads((out / "result.json").read_text())
+    return {name: value for name, value in written.items() if name not in timings}
+
+
+def start(out: Path, *flags: str) -> subprocess.Popen:
+    """A run as a process of its own."""
+    return subprocess.Popen([sys.executable, str(ROOT / "run.py"), *flags, "--out", str(out)],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def refused(capsys, *flags: str, status: int = 2) -> str:
+    """The one line on standard error of a command that must fail."""
+    assert run.main(list(flags)) == status
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.endswith("\n") and error.startswith("error: ")
+    return error
+
+
+# ------------------------------------------------------------------------------- what a run writes
+
+
+def test_a_run_leaves_its_files_and_says_where(tmp_path, capsys):
+    out = tmp_path / "a" / "run"
+    entries = go(out, *RESNETS, "--rounds", "3", "--eval-every", "2", "--seed", "7")
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "curves.png"}
+    assert [entry["round"] for entry in entries] == [2, 3]
+    raw = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert raw.keys() == {"round", "accuracy", "personal_accuracy", "loss", "upload_mb",
+                          "download_mb", "samples", "seconds", "clock"}
+    assert all(0 <= raw[name] <= 100 for name in ("accuracy", "personal_accuracy"))
+    assert raw["samples"] == 3 * 24  # participants x images, one epoch
+
+    config = json.loads((out / "config.json").read_text())
+    assert config["method"] == "fedin" and config["seed"] == 7 and config["mu"] == 0.1
+    assert config["versions"]["torch"] == torch.__version__ and config["device"]
+
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert saved["round"] == 3 and saved["memory"] == {}
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    final = json.loads((out / "result.json").read_text())
+    best = max(entries, key=lambda entry: entry["accuracy"])
+    assert final["accuracy"] == entries[-1]["accuracy"] and final["rounds"] == 3
+    assert (final["best_accuracy"], final["best_round"]) == (best["accuracy"], best["round"])
+    assert final["last10_accuracy"] == sum(entry["accuracy"] for entry in entries) / 2
+    assert final["samples"] == 3 * 3 * 24 and final["images_per_second"] > 0
+
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for text in ("fedin on digits", "3 of 5 clients", "resnet26", "17,446,090",
+                 "traffic: about", "3/3", str(out)):
+        assert text in captured.out
+
+
+def test_defaults_are_fedin_on_digits_and_the_settings_are_the_papers():
+    assert {"method": "fedin", "dataset": "digits", "setting": "quick", "clients": 10,
+            "participation": 0.5, "rounds": 10, "local_epochs": 2, "batch_size": 16, "lr": 1e-3,
+            "optimizer": "adam", "alpha": 0.5, "model": "resnets", "eval_every": 1, "mu": 0.1,
+            "noise": 0.0, "projection": "simplified", "aggregation": "layerwise",
+            "feature_batch_size": 16, "feature_batches": 1, "threads": 1, "checkpoint_every": 1,
+            }.items() <= run.resolve({}).items()
+    paper = run.resolve({"dataset": "svhn"})
+    assert {"setting": "fedin", "clients": 100, "participation": 0.1, "rounds": 500,
+            "local_epochs": 5, "batch_size": 16, "lr": 1e-3, "optimizer": "adam", "alpha": 0.5,
+            "model": "resnets", "eval_every": 5}.items() <= paper.items()
+    local = run.resolve({"dataset": "cifar10", "method": "local"})
+    assert {"setting": "apfl", "clients": 10, "participation": 1, "rounds": 50, "local_epochs": 20,
+            "batch_size": 50, "lr": 2e-4, "alpha": 0.1, "model": "cnn", "eval_every": 1,
+            }.items() <= local.items()
+    quick = run.resolve({"method": "local"})
+    assert {"participation": 1, "local_epochs": 5, "batch_size": 50, "model": "cnn",
+            "rounds": 10}.items() <= quick.items()
+    assert run.resolve({"method": "fedprox"})["mu"] == 0.1
+    assert run.resolve({"method": "fedprox", "setting": "apfl"})["mu"] == 0.01
+
+
+def test_every_setting_of_a_method_reaches_one_of_its_functions():
+    for name, method in run.METHODS.items():
+        settings = run.resolve({"method": name})
+        bound = run.bind(method, settings)
+        reached = {keyword for function in bound if function for keyword in function.keywords}
+        assert set(run.METHOD_DEFAULTS[name]) - {"ablate"} <= reached
+        assert {"local_epochs", "batch_size"} <= reached
+
+
+def test_participants_are_rounded_and_at_least_one():
+    assert run.num_participants({"participation": 0.1, "clients": 100}) == 10
+    assert run.num_participants({"participation": 0.01, "clients": 10}) == 1
+    chosen = [run.draw_participants({"seed": 1, "clients": 10, "participation": 0.5}, t)
+              for t in (1, 1, 2)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert len(set(chosen[0])) == 5 and chosen[0] == sorted(chosen[0])
+
+
+def test_traffic_is_the_bytes_of_what_was_sent(tmp_path):
+    entries = go(tmp_path, *RESNETS, "--rounds", "2", "--seed", "3")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    archs = models.MODELS["resnets"]
+    meta = [models.build_empty(models.architecture_of(k, 5, archs), 1, 10, torch.device("meta"))
+            for k in range(5)]
+    sizes = [sum(4 * p.numel() for p in net.parameters()) +  # weights, running statistics, counters
+             sum(8 * b.numel() if b.dtype == torch.int64 else 4 * b.numel() for b in net.buffers())
+             for net in meta]
+    features = 4 * 73_728  # one batch of 16, four bytes a float
+    for t, entry in enumerate(entries, start=1):
+        weights = sum(sizes[k] for k in run.draw_participants(settings, t))
+        assert entry["upload_mb"] == pytest.approx((weights + 3 * features) / 1e6, abs=1e-9)
+        received = 0 if t == 1 else 3 * features
+        assert entry["download_mb"] == pytest.approx((weights + received) / 1e6, abs=1e-9)
+
+
+def test_fedin_learns_the_digits(tmp_path):
+    entries = go(tmp_path, "--model", "resnet10", "--partition", "iid", "--clients", "4",
+                 "--participation", "1", "--rounds", "3", "--train-images", "600")
+    assert entries[-1]["accuracy"] > 60  # chance is 10
+    assert entries[-1]["loss"] < entries[0]["loss"] / 2
+
+
+# ------------------------------------------------------- switched off is the method that is left
+
+
+def test_fedin_without_in_is_fedprox_and_without_prox_too_fedavg(tmp_path):
+    def entries(name, *flags):
+        go(tmp_path / name, *RESNET10, "--rounds", "2", *flags)
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        return re.sub(r', "seconds": [0-9.]+', "", text)
+
+    prox = entries("prox", "--method", "fedprox")
+    assert entries("in", "--ablate", "in") == prox
+    assert entries("in-exact", "--ablate", "in", "--mu", "0.1") == prox
+    average = entries("average", "--method", "fedavg")
+    assert entries("in-prox", "--ablate", "in", "prox") == average
+    assert entries("mu-zero", "--method", "fedprox", "--mu", "0") == average != prox
+
+
+def test_noise_zero_is_no_noise_and_ablate_opt_is_the_plain_sum(tmp_path):
+    plain = go(tmp_path / "plain", *CNN, "--rounds", "2")
+    assert go(tmp_path / "quiet", *CNN, "--rounds", "2", "--noise", "0") == plain
+    assert go(tmp_path / "noisy", *CNN, "--rounds", "2", "--noise", "0.8") != plain
+    opt = go(tmp_path / "opt", *CNN, "--rounds", "2", "--ablate", "opt")
+    assert go(tmp_path / "sum", *CNN, "--rounds", "2", "--projection", "sum") == opt != plain
+
+
+# ------------------------------------------------------------------------ the same bytes again
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path):
+    flags = [*RESNETS, "--rounds", "2", "--noise", "0.5", "--augment"]
+    one = go(tmp_path / "one", *flags, "--workers", "1")
+    assert go(tmp_path / "two", *flags, "--workers", "2") == one
+    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["server"]
+              for name in ("one", "two")]
+    for a, b in zip(*(list(models.tensors_in(state)) for state in states)):
+        assert torch.equal(a, b)
+
+
+def test_another_seed_gives_another_run(tmp_path):
+    assert go(tmp_path / "a", *CNN, "--rounds", "1") != go(tmp_path / "b", *CNN, "--rounds", "1",
+                                                           "--seed", "1")
+
+
+def test_global_generators_are_left_alone(tmp_path):
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    go(tmp_path, *RESNET10, "--rounds", "1", "--noise", "0.5", "--augment")
+    assert torch.equal(before, torch.get_rng_state())
+    assert (numpy_before == np.random.get_state()[1]).all()
+
+
+# ---------------------------------------------------------------------------- stop and resume
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never stopped, as (flags, lines, result)."""
+    out, flags = tmp_path_factory.mktemp("whole"), [*RESNET10, "--rounds", "4"]
+    return flags, go(out, *flags), result(out)
+
+
+def resumed_is(whole, out: Path) -> bool:
+    flags, entries, final = whole
+    return go(out, "--resume") == entries and result(out) == final
+
+
+@pytest.mark.parametrize("lines_before", [0, 2])
+def test_killed_and_resumed_a_run_ends_as_if_never_stopped(tmp_path, whole, lines_before):
+    process = start(tmp_path / "out", *whole[0])
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    while process.poll() is None:
+        if (tmp_path / "out" / "config.json").exists() and (
+                lines_before == 0 or metrics.exists() and
+                metrics.read_bytes().count(b"\n") >= lines_before):
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert resumed_is(whole, tmp_path / "out")
+
+
+def test_a_checkpoint_that_cannot_be_renamed_stops_the_run_and_loses_nothing(
+        tmp_path, whole, monkeypatch, capsys):
+    rename, calls = os.replace, []
+
+    def failing(source, target):
+        calls.append(str(target))
+        if sum(target.endswith("checkpoint.pt") for target in calls) == 3:
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    out = tmp_path / "out"
+    message = refused(capsys, *whole[0], "--out", str(out))
+    assert "No space left" in message and f"--resume --out {out}" in message
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["round"] == 2
+    assert len(lines(out)) == 3  # the line of round 3 came before its checkpoint
+    monkeypatch.undo()
+    assert resumed_is(whole, out)
+
+
+def test_a_torn_last_line_is_dropped_and_rounds_may_grow(tmp_path, whole):
+    flags, entries, final = whole
+    go(tmp_path, *flags[:-1], "2")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"round": 3, "accur')
+    assert go(tmp_path, "--resume", "--rounds", "4") == entries
+    assert json.loads((tmp_path / "config.json").read_text())["rounds"] == 4
+    assert go(tmp_path, "--resume") == entries  # nothing left to do
+    assert result(tmp_path) == final
+
+
+def test_a_grown_run_has_the_lines_of_one_that_was_as_long_from_the_start(tmp_path):
+    flags = [*CNN, "--eval-every", "2"]
+    assert [entry["round"] for entry in go(tmp_path / "grown", *flags, "--rounds", "3")] == [2, 3]
+    grown = go(tmp_path / "grown", "--resume", "--rounds", "4")
+    assert grown == go(tmp_path / "long", *flags, "--rounds", "4")
+
+
+def test_ctrl_c_between_checkpoints_saves_the_last_finished_round(tmp_path, monkeypatch, capsys):
+    flags = [*CNN, "--rounds", "3", "--checkpoint-every", "3"]
+    entries = go(tmp_path / "whole", *flags)
+    capsys.readouterr()
+    append = run.append_metrics
+
+    def interrupted(path, entry):
+        if entry["round"] == 3:
+            raise KeyboardInterrupt
+        append(path, entry)
+
+    monkeypatch.setattr(run, "append_metrics", interrupted)
+    assert "--resume" in refused(capsys, *flags, "--out", str(tmp_path / "parts"), status=130)
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["round"] == 2
+    assert go(tmp_path / "parts", "--resume") == entries
+
+
+def test_local_resumes_with_its_clients_models(tmp_path):
+    flags = [*CNN, "--method", "local"]
+    entries = go(tmp_path / "whole", *flags, "--rounds", "3")
+    go(tmp_path / "parts", *flags, "--rounds", "2")
+    taken_part = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["memory"].keys()
+    settings = run.resolve({"clients": 5, "participation": 0.6})
+    assert taken_part == set(run.draw_participants(settings, 1) + run.draw_participants(settings, 2))
+    assert go(tmp_path / "parts", "--resume", "--rounds", "3") == entries
+
+
+def test_ctrl_c_leaves_a_run_to_resume(tmp_path, whole):
+    process = start(tmp_path / "out", *whole[0])
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    while process.poll() is None and not metrics.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130
+    assert error.count("\n") == 1 and "--resume" in error and "Traceback" not in error
+    assert resumed_is(whole, tmp_path / "out")
+
+
+def test_resume_refuses_what_does_not_agree(tmp_path, capsys):
+    out = ["--resume", "--out", str(tmp_path / "out")]
+    assert "no run" in refused(capsys, *out)
+    go(tmp_path / "out", *CNN, "--rounds", "2")
+    before = lines(tmp_path / "out")
+    capsys.readouterr()
+    assert "--lr" in refused(capsys, *out, "--lr", "0.5")
+    assert "--method" in refused(capsys, *out, "--method", "fedavg")
+    assert "--classes-per-client" in refused(capsys, *out, "--classes-per-client", "2")
+    assert "only grow" in refused(capsys, *out, "--rounds", "1")
+    assert "not empty" in refused(capsys, *CNN, "--out", str(tmp_path / "out"))
+    assert lines(tmp_path / "out") == before
+    (tmp_path / "out" / "metrics.jsonl").rename(tmp_path / "elsewhere")
+    assert "metrics.jsonl lacks lines" in refused(capsys, *out)
+    (tmp_path / "elsewhere").rename(tmp_path / "out" / "metrics.jsonl")
+    assert go(tmp_path / "out", "--resume", "--lr", "0.001", "--workers", "1") == before
+    capsys.readouterr()
+    (tmp_path / "out" / "checkpoint.pt").write_bytes(b"PK\x03\x04 nonsense")
+    assert "damaged" in refused(capsys, *out)
+    for text in ("{", '{"method": "fedin", "rounds": 3}', '{"method": []}'):
+        (tmp_path / "out" / "config.json").write_text(text)
+        assert "config.json is damaged" in refused(capsys, *out)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_round_and_client(tmp_path, capsys):
+    flags = [*CNN, "--optimizer", "sgd", "--rounds", "3"]
+    out = ["--out", str(tmp_path / "out")]
+    message = refused(capsys, *flags, *out, "--lr", "1e6", status=1)
+    first = run.draw_participants(run.resolve({"clients": 5, "participation": 0.6}), 1)[0]
+    assert f"round 1, client {first}:" in message
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+# ---------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("flags, hint", [
+    ("--method fedsgd", "invalid choice: 'fedsgd'"),
+    ("--method scaffold", "invalid choice: 'scaffold'"),
+    ("--dataset minst", "unknown dataset 'minst'"),
+    ("--dataset nowhere.npz", "nowhere.npz"),
+    ("--model resnet152", "invalid choice"),
+    ("--epochs 3", "unrecognized arguments: --epochs 3"),
+    ("--part iid", "unrecognized arguments: --part iid"),  # an abbreviation
+    ("--method fedavg --noise 0.8", "--noise is not read by --method fedavg"),
+    ("--method local --mu 1", "--mu is not read by --method local"),
+    ("--method local --aggregation layerwise", "--aggregation is not read"),
+    ("--partition iid --alpha 0.5", "--alpha is not read with --partition iid"),
+    ("--alpha 0.5 --classes-per-client 2", "--classes-per-client is not read with --partition"),
+    ("--data-dir data", "--data-dir is not read with --dataset digits"),
+    ("--ablate prox --mu 0.2", "--mu is not read with --ablate prox"),
+    ("--ablate in --projection exact", "--projection is not read with --ablate in"),
+    ("--ablate everything", "invalid choice"),
+    ("--alpha 0", "--alpha: must be a number above 0 and at most 1e+09, not '0'"),
+    ("--alpha inf", "--alpha: must be a number above 0"),
+    ("--lr nan", "--lr: must be a number above 0"),
+    ("--rounds 0", "--rounds: must be a whole number at least 1"),
+    ("--clients 2.5", "--clients: must be a whole number"),
+    ("--participation 1.5", "at most 1,"),
+    ("--rounds 1" + 400 * "0", "--rounds: must be a whole number"),
+    ("--device meta", "--device meta cannot be used"),
+    ("--clients 300000000 --partition iid", "use fewer --clients"),
+    ("--batch-size 1", "--batch-size: must be a whole number at least 2"),
+    ("--seed -1", "--seed"),
+    ("--noise -1", "--noise"),
+    ("--train-images 5 --clients 10", "5 training images cannot give each of 10 clients"),
+    ("--train-images 30 --clients 10", "no Dirichlet(0.5) split of 30 images"),
+    ("--train-images 5 --clients 10 --partition iid", "use fewer --clients or more images"),
+    ("--train-images 2000", "more than the 1437 training images"),
+    ("--clients 200", "no Dirichlet(0.5) split of 1437 images"),
+    ("--partition pathological --classes-per-client 11", "more than the 10 classes"),
+    ("--device quantum", "--device quantum cannot be used"),
+    ("--resume", "no run"),
+])
+def test_bad_input_ends_in_one_line_that_names_it(flags, hint, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert hint in refused(capsys, *flags.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_data_ends_in_one_line(tmp_path, capsys):
+    good = {"x_train": np.zeros((40, 8, 8), np.uint8), "y_train": np.arange(40) % 2,
+            "x_test": np.zeros((4, 8, 8), np.uint8), "y_test": np.arange(4) % 2}
+    nan = np.full((40, 8, 8), np.nan, np.float32)
+    for change, hint in (({"x_train": nan}, "NaN"), ({"y_test": np.array([0, 1, 2, 0])}, "label 2"),
+                         ({"y_train": np.arange(40) % 2 * 2, "y_test": np.array([0, 2, 0, 2])},
+                          "class 1")):
+        np.savez(tmp_path / "bad.npz", **(good | change))
+        error = refused(capsys, "--dataset", str(tmp_path / "bad.npz"), "--setting", "quick")
+        assert hint in error and "bad.npz" in error
+
+
+def test_an_own_data_set_runs_by_its_path(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    images = np.clip(80 * labels[:, None, None, None] + rng.normal(40, 9, (60, 20, 24, 3)), 0, 255)
+    np.savez(tmp_path / "mine.npz", x_train=images.astype(np.uint8), y_train=labels,
+             x_test=images[:9].astype(np.uint8), y_test=labels[:9], classes=["low", "mid", "high"])
+    entries = go(tmp_path / "out", "--dataset", str(tmp_path / "mine.npz"), "--setting", "quick",
+                 "--model", "cnn", "--clients", "3", "--rounds", "3", "--participation", "1",
+                 "--partition", "iid", "--batch-size", "5")
+    assert entries[-1]["accuracy"] > 60
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert str(out) in refused(capsys, *CNN, "--out", str(out))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    message = refused(capsys, *CNN, "--out", str(tmp_path / "full"))
+    assert "--resume" in message and "another --out" in message
+
+
+def test_errors_from_a_shell_have_no_traceback_and_status_two(tmp_path):
+    process = start(tmp_path / "out", "--method", "fedavg", "--noise", "1")
+    out, error = process.communicate()
+    assert process.returncode == 2 and out == "" and error.count("\n") == 1
+    assert "--noise is not read by --method fedavg" in error
+
+
+# -------------------------------------------------------------------------------------- layout
+
+
+def test_help_names_every_flag_and_the_papers_values(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for phrase in ("--feature-batch-size", "--checkpoint-every", "mu/2 = 0.05", "Eq. 13", "Table 2b",
+                   "Sec. 4.3", "fedin:", "fedprox, fedin:"):
+        assert phrase in text
+
+
+def test_readme_names_only_flags_that_exist():
+    known = {flag for action in run.parser()._actions for flag in action.option_strings}
+    elsewhere = {"--upgrade", "--requirement"}  # pip's
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / "README.md").read_text()))
+    assert named - known - elsewhere == set() and {"--resume", "--noise", "--ablate"} <= named
+
+
+def test_imports_run_downwards_only():
+    allowed = {"data": set(), "models": set(), "baselines": {"data", "models"},
+               "fedin": {"baselines", "data", "models"},
+               "run": {"baselines", "data", "fedin", "models"}}
+    for name, below in allowed.items():
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        used = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+                for alias in node.names}
+        used |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert used & set(allowed) <= below, name
+
+
+def test_every_public_function_has_a_docstring():
+    for module in (baselines, data, fedin, models, run):
+        for node in ast.parse(Path(module.__file__).read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                assert ast.get_docstring(node), f"{module.__name__}.{node.name}"
