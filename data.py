@@ -101,7 +101,7 @@ def load(dataset: str, data_dir: str | Path = "data") -> Dataset:
     data = read_npz(dataset)
     for label, count in enumerate(data.y_train.bincount(minlength=len(data.classes)).tolist()):
         if count == 0:
-            raise ValueError(f"{dataset}: class {label} ('{data.classes[label]}') has no training "
+            raise ValueError(f"{dataset}: class {label} ({data.classes[label]!r}) has no training "
                              "image; number the classes 0, 1, 2, ... without gaps")
     return data
 
@@ -142,7 +142,8 @@ def download(dataset: str, data_dir: str | Path) -> Dataset:
         train, test = (kind(root, train=part, download=True) for part in (True, False))
         return from_arrays(np.asarray(train.data), np.asarray(train.targets),
                            np.asarray(test.data), np.asarray(test.targets), train.classes)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, AssertionError, LookupError, EOFError,
+            pickle.UnpicklingError) as error:  # by format, what torchvision raises on a broken file
         raise ValueError(f"{dataset} could not be loaded into '{root}' ({first_line(error)}): "
                          "check the connection, or put the original files there (--data-dir)"
                          ) from error
@@ -158,9 +159,10 @@ def read_npz(path: str | Path) -> Dataset:
     if not Path(path).exists():
         raise ValueError(f"there is no file {path}: check --dataset")
     try:
-        if not zipfile.is_zipfile(path):  # numpy would take a plain array or a pickle as well
-            raise ValueError("not a zip archive")
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is one array and no archive")
+        with archive:
             arrays = {name: archive[name] for name in archive.files if name in Dataset._fields}
         if not all(isinstance(array, np.ndarray) for array in arrays.values()):
             raise ValueError("it holds a file that is no array")
@@ -201,7 +203,7 @@ def from_arrays(x_train, y_train, x_test, y_test, classes=None) -> Dataset:
             raise ValueError(f"y_train holds label {y_train.max()} in {len(y_train)} labels: "
                              "number the classes 0, 1, 2, ... without gaps")
         classes = range(int(y_train.max()) + 1)
-    names = [str(name) for name in np.asarray(classes).reshape(-1)]
+    names = np.asarray(classes).reshape(-1).astype(str).tolist()
     if len(names) < 2:
         raise ValueError(f"there must be at least two classes, not {len(names)}")
     for part, labels in (("train", y_train), ("test", y_test)):
@@ -249,7 +251,7 @@ def check_labels(name: str, labels: np.ndarray, count: int) -> None:
 def to_images(array: np.ndarray) -> Tensor:
     """Images (N, H, W) or (N, H, W, C), 0..255 or floats in 0..1, as uint8 (N, C, 32, 32)."""
     chunks, size = [], [IMAGE_SIZE, IMAGE_SIZE]
-    for start in range(0, len(array), 1000):  # because floats and resizing take several times the room
+    for start in range(0, len(array), 1000):  # floats take several times the memory
         chunk = array[start:start + 1000]
         chunk = np.rint(chunk * 255) if chunk.dtype.kind == "f" else chunk
         images = torch.from_numpy(chunk.astype(np.uint8))
@@ -418,6 +420,8 @@ def augment(images: Tensor, mean: Tensor, deviation: Tensor, kind: Augmentation,
     which = torch.arange(batch, device=images.device).view(-1, 1, 1)
     changed = padded[:, which, source_rows[:, :, None], source_columns[:, None, :]].transpose(0, 1)
     x = standardise(changed, mean, deviation)
+    if not kind.hole:
+        return x
 
     top, left = draw(height) - kind.hole // 2, draw(width) - kind.hole // 2
     in_rows = (rows >= top) & (rows < top + kind.hole)  # (B, H)

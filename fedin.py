@@ -225,7 +225,8 @@ def set_projected_gradients(intermediate: nn.Module, l_in: Tensor, whole: bool) 
     inner = dict(zip(parameters, torch.autograd.grad(l_in, list(parameters.values()))))
     local = {name: parameter.grad for name, parameter in parameters.items()}
     for name, gradient in project_gradients(inner, local, whole=whole).items():
-        parameters[name].grad.copy_(gradient)  # in the parameter's memory layout, as fused Adam needs
+        # Copied into the old gradient's memory layout, on which fused Adam relies.
+        parameters[name].grad.copy_(gradient)
 
 
 @torch.no_grad()

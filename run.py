@@ -98,16 +98,18 @@ MAY_CHANGE = ("rounds", "workers", "device", "data_dir")  # on --resume
 
 def number(kind: type, low: float, high: float = 1e9, *, open_low: bool = False) -> Callable:
     """An argparse type: a number of a kind, from low (or above it) to high."""
-    bounds = f"{'above' if open_low else 'at least'} {low:g} and at most {high:g}"
+    noun = "a whole number" if kind is int else "a number"
 
     def convert(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high or (open_low and value == low):
-            noun = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"must be {noun} {bounds}, not '{text}'")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"must be at most {high:g}, not '{text}'")
+        if not value >= low or (open_low and value == low):
+            bound = f"{'above' if open_low else 'at least'} {low:g}"
+            raise argparse.ArgumentTypeError(f"must be {noun} {bound}, not '{text}'")
         return value
 
     return convert
@@ -137,24 +139,26 @@ def parser() -> argparse.ArgumentParser:
                        help="fills in what is not given: quick takes a minute on digits; fedin and "
                        "apfl are the papers' (FedIN Sec. 5.1, AP-FL Sec. 4.1). Default quick on "
                        "digits, else the setting of the method's paper")
-    group.add_argument("--seed", type=number(int, 0, 2**32 - 1),
+    group.add_argument("--seed", type=number(int, 0, 2**32 - 1), metavar="N",
                        help="of every random draw; default 0")
 
     group = top.add_argument_group("federation (values of the papers: FedIN | AP-FL)")
-    group.add_argument("--clients", type=count, help="K: 100 | 5, 10")
-    group.add_argument("--participation", type=number(float, 0, 1, open_low=True),
+    group.add_argument("--clients", type=count, metavar="N", help="K: 100 | 5, 10")
+    group.add_argument("--participation", type=number(float, 0, 1, open_low=True), metavar="X",
                        help="share of the clients drawn each round: 0.1 (not stated) | 1")
-    group.add_argument("--rounds", type=count, help="communication rounds: 500 | not stated")
-    group.add_argument("--local-epochs", type=count, help="epochs a client and round: 5 | 20")
-    group.add_argument("--batch-size", type=size, help="16 | 50")
+    group.add_argument("--rounds", type=count, metavar="N",
+                       help="communication rounds: 500 | not stated")
+    group.add_argument("--local-epochs", type=count, metavar="N",
+                       help="epochs a client and round: 5 | 20")
+    group.add_argument("--batch-size", type=size, metavar="N", help="16 | 50")
     group.add_argument("--optimizer", choices=("adam", "sgd"), help="adam | adam; new every round")
-    group.add_argument("--lr", type=positive, help="learning rate: 0.001 | 0.0002")
+    group.add_argument("--lr", type=positive, metavar="X", help="learning rate: 0.001 | 0.0002")
     group.add_argument("--model", choices=models.MODELS,
                        help="resnets = ResNet10/14/18/22/26, evenly by client id: resnets | cnn")
     group.add_argument("--aggregation", choices=AGGREGATIONS,
                        help="average layers of the same name across architectures (FedIN "
                        "Sec. 4.4), or within each architecture alone (Table 3); default layerwise")
-    group.add_argument("--eval-every", type=count,
+    group.add_argument("--eval-every", type=count, metavar="N",
                        help="rounds between evaluations: 5 | 1; the last round always has one")
 
     group = top.add_argument_group("data")
@@ -162,28 +166,30 @@ def parser() -> argparse.ArgumentParser:
                        help="a class-balanced subset of the training images; default all")
     group.add_argument("--partition", choices=("iid", "dirichlet", "pathological"),
                        help="how the training images are split among the clients")
-    group.add_argument("--alpha", type=positive,
+    group.add_argument("--alpha", type=positive, metavar="X",
                        help="of --partition dirichlet; smaller is more skewed: 0.5 | 0.01 to 0.1")
     group.add_argument("--classes-per-client", type=count, metavar="N",
                        help="gamma of --partition pathological; default 2")
     group.add_argument("--augment", action="store_true",
                        help="random crop, flip and Cutout; on digits and letters Cutout alone")
-    group.add_argument("--data-dir", help="where downloads are kept; default data")
+    group.add_argument("--data-dir", metavar="DIR", help="where downloads are kept; default data")
 
     group = top.add_argument_group("machine and files")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, ...; default cuda where there is one")
-    group.add_argument("--workers", type=few,
+    group.add_argument("--device", metavar="NAME",
+                       help="cpu, cuda, cuda:1, ...; default cuda where there is one")
+    group.add_argument("--workers", type=few, metavar="N",
                        help="clients trained at a time; default the cores on a CPU, 1 on a GPU")
-    group.add_argument("--threads", type=few, help="of each of them; default 1")
+    group.add_argument("--threads", type=few, metavar="N", help="of each of them; default 1")
     group.add_argument("--out", metavar="DIR", help="default runs/METHOD-DATASET-SEED")
     group.add_argument("--resume", action="store_true",
                        help="go on with the run in --out; --rounds may grow")
     group.add_argument("--checkpoint-every", type=count, metavar="N", help="rounds; default 1")
 
     group = top.add_argument_group("fedprox, fedin")
-    group.add_argument("--mu", type=weight, help="weight of the proximal term, FedIN Eq. 3 "
-                       f"and Sec. 5.1: mu/2 = 0.05; default {fedin.MU}, for fedprox in "
-                       f"the apfl setting {baselines.FEDPROX_MU_APFL}")
+    group.add_argument("--mu", type=weight, metavar="X",
+                       help="weight of the proximal term, FedIN Eq. 3 and Sec. 5.1: mu/2 = 0.05; "
+                       f"default {fedin.MU}, for fedprox in the apfl setting "
+                       f"{baselines.FEDPROX_MU_APFL}")
     group = top.add_argument_group("fedin")
     group.add_argument("--noise", type=weight, metavar="LEVEL", help="on the features, in their "
                        f"standard deviations sigma; FedIN (+Noise), Sec. 4.3: {fedin.NOISE_LEVEL}; "
@@ -401,6 +407,7 @@ def train_client(experiment: Experiment, t: int, k: int, received: object,
     own = data.ClientData(experiment.data.x_train, experiment.data.y_train, client.indices, prepare)
     model, optimizer = scratch(experiment, client.arch, training=True)
     result = experiment.method.client_update(model, optimizer, received, own, stream, *memory)
+    optimizer.zero_grad()  # frees the gradients while the network waits for its next client
     finite = [tensor.isfinite().all() for tensor in models.tensors_in((result.update, result.kept))]
     if not (math.isfinite(result.loss) and torch.stack(finite).all()):
         raise FloatingPointError(f"round {t}, client {k}: the loss or a weight is not finite any "

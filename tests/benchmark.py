@@ -98,8 +98,8 @@ def fedin_round_by_workers(folder: Path) -> None:
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         server, _, _ = run.train_round(experiment, pool, 1, server, {})  # so that features travel
 
-    def one_round(pool, scratch):
-        run.train_round(experiment._replace(scratch=scratch), pool, 2, server, {})
+    def one_round(pool, reusable):
+        run.train_round(experiment._replace(reusable=reusable), pool, 2, server, {})
 
     def rounds(workers, threads):
         pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
@@ -125,7 +125,8 @@ def share_outside_training(folder: Path) -> None:
 
     method = experiment.method
     experiment = experiment._replace(method=method._replace(
-        download=partial(timed, method.download), server_update=partial(timed, method.server_update)))
+        download=partial(timed, method.download),
+        server_update=partial(timed, method.server_update)))
     pool = ThreadPoolExecutor(experiment.settings["workers"], initializer=torch.set_num_threads,
                               initargs=(1,))
     shares = []
@@ -137,8 +138,8 @@ def share_outside_training(folder: Path) -> None:
         timed(run.append_metrics, folder / "metrics.jsonl", {"round": t, **figures})
         whole = time.perf_counter() - start
         shares.append(sum(spent) / whole)
-    print(f"FedIN round, 5 of 20 clients, 5,000 images: {whole:.1f} s; sending, aggregation, log and "
-          f"checkpoint take {100 * statistics.median(shares[1:]):.1f} %")
+    print(f"FedIN round, 5 of 20 clients, 5,000 images: {whole:.1f} s; sending, aggregation, log "
+          f"and checkpoint take {100 * statistics.median(shares[1:]):.1f} %")
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ def test_fedavg_is_a_plain_training_loop():
 def test_a_used_scratch_network_and_optimiser_are_as_good_as_new(make):
     clean = baselines.fedavg_client_update(*make(), received(), tiny_data(), stream, **EPOCHS)
     model, optimizer = make()
-    baselines.fedavg_client_update(model, optimizer, received(9), tiny_data(30, 3), stream, **EPOCHS)
-    again = baselines.fedavg_client_update(model, optimizer, received(), tiny_data(), stream, **EPOCHS)
+    for weights, own in ((received(9), tiny_data(30, 3)), (received(), tiny_data())):
+        again = baselines.fedavg_client_update(model, optimizer, weights, own, stream, **EPOCHS)
     assert same(clean.update.weights, again.update.weights) and clean.loss == again.loss
 
 
@@ -56,7 +56,8 @@ def test_momentum_is_forgotten_between_clients_too():
         model = tiny_net(99)
         return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
-    clean = baselines.fedavg_client_update(*with_momentum(), received(), tiny_data(), stream, **EPOCHS)
+    clean = baselines.fedavg_client_update(*with_momentum(), received(), tiny_data(), stream,
+                                           **EPOCHS)
     model, optimizer = with_momentum()
     for _ in range(2):
         again = baselines.fedavg_client_update(model, optimizer, received(), tiny_data(), stream,
@@ -80,8 +81,8 @@ def test_arguments_are_unchanged_and_nothing_is_shared_with_the_scratch_model(up
 
 
 def test_without_steps_the_weights_come_back_unchanged():
-    result = baselines.fedavg_client_update(*adam(), received(), tiny_data(), stream, local_epochs=0,
-                                            batch_size=8)
+    result = baselines.fedavg_client_update(*adam(), received(), tiny_data(), stream,
+                                            local_epochs=0, batch_size=8)
     assert same(result.update.weights, received()) and result.samples == 0
 
 
@@ -104,7 +105,8 @@ def test_fedprox_with_mu_zero_is_fedavg():
 def test_first_step_of_fedprox_has_no_proximal_gradient():
     one_step = {"local_epochs": 1, "batch_size": 20}
     plain = baselines.fedavg_client_update(*sgd(), received(), tiny_data(), stream, **one_step)
-    prox = baselines.fedprox_client_update(*sgd(), received(), tiny_data(), stream, mu=5, **one_step)
+    prox = baselines.fedprox_client_update(*sgd(), received(), tiny_data(), stream, mu=5,
+                                           **one_step)
     assert same(plain.update.weights, prox.update.weights)
 
 

@@ -374,6 +374,17 @@ def test_a_cache_half_written_never_gets_the_name(tmp_path):
     assert same(data.read_npz(path), whole)
 
 
+def test_a_damaged_cache_is_an_error_that_says_to_delete_it(tmp_path, monkeypatch):
+    write_fashionmnist(tmp_path, monkeypatch)
+    first = data.load("fashionmnist", tmp_path)
+    cache, = tmp_path.glob("*.npz")
+    cache.write_bytes(cache.read_bytes()[:-1000])
+    message = complaint(data.load, "fashionmnist", tmp_path)
+    assert str(cache) in message and "delete" in message
+    cache.unlink()
+    assert same(first, data.load("fashionmnist", tmp_path))
+
+
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_files_that_are_missing_and_cannot_be_downloaded_are_an_error(name, tmp_path):
     message = complaint(data.load, name, tmp_path)
@@ -460,9 +471,10 @@ def test_integer_pixels_of_any_type_keep_their_value(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_floats_in_0_to_1_are_scaled_to_0_to_255(dtype, tmp_path):
+def test_floats_in_0_to_1_become_the_nearest_of_256_levels(dtype, tmp_path):
     images = arrays()["x_train"]
-    scaled = (images / (LEVELS - 1)).astype(dtype)
+    off = numpy_rng().uniform(-0.3, 0.3, images.shape)  # of a level; half would be another
+    scaled = ((images + off) / (LEVELS - 1)).clip(0, 1).astype(dtype)
     loaded = data.load(save(tmp_path / "a.npz", x_train=scaled))
     assert loaded.x_train.dtype == torch.uint8
     assert np.array_equal(loaded.x_train[:, 0], images)

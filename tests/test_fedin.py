@@ -136,8 +136,9 @@ def test_one_step_of_eq_13_descends_the_gradient_of_l_in_plus_half_l_local():
     model = tiny_net(1)
     model.load_state_dict(received.weights)
     (x, y), = data.batches(own, 20, 1, stream(data.BATCHES))
-    loss = F.mse_loss(model.intermediate(features()[0]), features()[1]) + F.cross_entropy(model(x), y) / 2
-    loss.backward()  # the proximal term is zero in the first step
+    theirs_in, theirs_out = received.features
+    l_in = F.mse_loss(model.intermediate(theirs_in), theirs_out)
+    (l_in + F.cross_entropy(model(x), y) / 2).backward()  # the proximal term is zero at first
     for name, parameter in model.named_parameters():
         step = received.weights[name] - ours.update.weights[name]
         torch.testing.assert_close(step, parameter.grad, rtol=1e-4, atol=1e-6)
@@ -202,8 +203,8 @@ def test_arguments_are_unchanged_and_nothing_is_shared_with_the_scratch_model():
         for tensor in model.state_dict().values():
             tensor.zero_()
     assert same(received.weights, before.weights) and same(result.update.weights, sent.weights)
-    for ours, old in zip(received.features + result.update.features, before.features + sent.features):
-        assert torch.equal(ours, old)
+    now, then = received.features + result.update.features, before.features + sent.features
+    assert all(torch.equal(a, b) for a, b in zip(now, then))
 
 
 def test_several_batches_of_features_take_turns():
@@ -244,7 +245,8 @@ def test_noise_has_the_standard_deviation_of_the_features():
     assert z.mean().item() == pytest.approx(0, abs=0.02)
     z = fedin.add_noise(s, 0.8, torch.Generator().manual_seed(1), per_channel=True) - s
     for channel in range(8):
-        assert z[:, channel].std().item() == pytest.approx(0.8 * s[:, channel].std().item(), rel=0.05)
+        expected = 0.8 * s[:, channel].std().item()
+        assert z[:, channel].std().item() == pytest.approx(expected, rel=0.05)
 
 
 def test_noise_carries_no_gradient_of_its_deviation():
@@ -284,9 +286,8 @@ def test_uploaded_features_are_those_of_the_trained_model_on_own_images():
     s_out = model.intermediate(s_in)
     sent_in, sent_out = result.update.features
     assert len(sent_in) == 16 and not sent_in.requires_grad and not sent_out.requires_grad
-    matches = [[torch.allclose(row, mine, atol=1e-6) and torch.allclose(row_out, mine_out, atol=1e-6)
-                for mine, mine_out in zip(s_in, s_out)] for row, row_out in zip(sent_in, sent_out)]
-    rows = [match.index(True) for match in matches]
+    rows = [next(i for i in range(len(s_in)) if torch.allclose(a, s_in[i], atol=1e-6)
+                 and torch.allclose(b, s_out[i], atol=1e-6)) for a, b in zip(sent_in, sent_out)]
     assert len(set(rows)) == 16  # 16 different images of its own
 
 
@@ -331,7 +332,8 @@ def download(server, k: int, seed: int = 0, **options):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_client_receives_rows_of_others_never_its_own_none_twice(seed):
-    s_in, s_out = download(served([2, 5, 7]), 5, seed, feature_batch_size=4, feature_batches=2).features
+    s_in, s_out = download(served([2, 5, 7]), 5, seed, feature_batch_size=4,
+                           feature_batches=2).features
     marks = s_in[:, 0, 0, 0]
     assert torch.equal(marks, s_out[:, 0, 0, 0])  # pairs stay pairs
     assert len(marks) == 8 == len(marks.unique()) and not ((marks // 100) == 5).any()

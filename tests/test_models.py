@@ -1,4 +1,4 @@
-"""Networks against the published figures and against torchvision; averages against their formula."""
+"""Networks against published figures and torchvision; averages against their formula."""
 
 import random
 
@@ -91,7 +91,8 @@ def test_each_resnet_contains_the_one_before_it():
         assert small.keys() < large.keys()
         assert all(small[name].shape == large[name].shape for name in small)
     only_resnet26 = states[4].keys() - states[3].keys()
-    assert {name.split(".")[1] + name.split(".")[2] for name in only_resnet26} == {"layer12", "layer22"}
+    assert {tuple(name.split(".")[1:3]) for name in only_resnet26} == {("layer1", "2"),
+                                                                       ("layer2", "2")}
 
 
 def test_architectures_are_even_contiguous_groups():

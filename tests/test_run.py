@@ -35,7 +35,9 @@ def go(out: Path, *flags: str) -> list[dict]:
 
 def lines(out: Path) -> list[dict]:
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in entry.items() if name != "seconds"} for entry in entries]
+    for entry in entries:
+        del entry["seconds"]
+    return entries
 
 
 def result(out: Path) -> dict:
@@ -299,9 +301,9 @@ def test_local_resumes_with_its_clients_models(tmp_path):
     flags = [*CNN, "--method", "local"]
     entries = go(tmp_path / "whole", *flags, "--rounds", "3")
     go(tmp_path / "parts", *flags, "--rounds", "2")
-    taken_part = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["memory"].keys()
+    memory = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["memory"]
     settings = run.resolve({"clients": 5, "participation": 0.6})
-    assert taken_part == set(run.draw_participants(settings, 1) + run.draw_participants(settings, 2))
+    assert memory.keys() == {k for t in (1, 2) for k in run.draw_participants(settings, t)}
     assert go(tmp_path / "parts", "--resume", "--rounds", "3") == entries
 
 
@@ -370,13 +372,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_round_and_client(tmp_
     ("--ablate prox --mu 0.2", "--mu is not read with --ablate prox"),
     ("--ablate in --projection exact", "--projection is not read with --ablate in"),
     ("--ablate everything", "invalid choice"),
-    ("--alpha 0", "--alpha: must be a number above 0 and at most 1e+09, not '0'"),
-    ("--alpha inf", "--alpha: must be a number above 0"),
+    ("--alpha 0", "--alpha: must be a number above 0, not '0'"),
+    ("--alpha inf", "--alpha: must be at most 1e+09, not 'inf'"),
     ("--lr nan", "--lr: must be a number above 0"),
     ("--rounds 0", "--rounds: must be a whole number at least 1"),
     ("--clients 2.5", "--clients: must be a whole number"),
-    ("--participation 1.5", "at most 1,"),
-    ("--rounds 1" + 400 * "0", "--rounds: must be a whole number"),
+    ("--participation 1.5", "must be at most 1, not '1.5'"),
+    ("--rounds 1" + 400 * "0", "--rounds: must be at most 1e+09"),
     ("--device meta", "--device meta cannot be used"),
     ("--clients 300000000 --partition iid", "use fewer --clients"),
     ("--batch-size 1", "--batch-size: must be a whole number at least 2"),
@@ -446,8 +448,8 @@ def test_help_names_every_flag_and_the_papers_values(capsys):
         run.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    for phrase in ("--feature-batch-size", "--checkpoint-every", "mu/2 = 0.05", "Eq. 13", "Table 2b",
-                   "Sec. 4.3", "fedin:", "fedprox, fedin:"):
+    for phrase in ("--feature-batch-size", "--checkpoint-every", "mu/2 = 0.05", "Eq. 13",
+                   "Table 2b", "Sec. 4.3", "fedin:", "fedprox, fedin:"):
         assert phrase in text
 
 

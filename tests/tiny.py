@@ -14,7 +14,8 @@ class TinyNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.extractor = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU())
-        self.intermediate = nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU())
+        self.intermediate = nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6),
+                                          nn.ReLU())
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
 
     def forward(self, x):
