@@ -8,7 +8,7 @@ A method is a few functions.  Each takes and returns plain values:
     <m>_server_update(server, updates, *, ...) -> server
     <m>_deploy(server, client, kept) -> (key, weights)  the model a client uses; equal keys, equal
                                                      models
-    <m>_memory(server, client) -> kept               only where something stays on the device: what
+    <m>_initial_memory(server, client) -> kept       only where something stays on the device: what
                                                      it holds before its first round
 
 Three values are kept apart: what crosses the network (received and Result.update; the bytes of
@@ -160,7 +160,7 @@ def add_proximal_gradient(model: nn.Module, reference: State, mu: float) -> None
 # -------------------------------------------------------------------------------------------- Local
 
 
-def local_memory(server: dict, client: Client) -> State:
+def local_initial_memory(server: dict, client: Client) -> State:
     """Before its first round a client holds the initial weights."""
     return server["weights"][client.arch]
 

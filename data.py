@@ -282,7 +282,10 @@ def balanced_subset(labels: Tensor, count: int, rng: np.random.Generator) -> Ten
 
 
 def partition_iid(labels: Tensor, num_clients: int, rng: np.random.Generator) -> list[Tensor]:
-    """Split the images at random into num_clients parts whose sizes differ by one at most."""
+    """Split the images at random into num_clients parts whose sizes differ by one at most.
+
+    Returns the sorted indices (n_k,) of each client's images, as all partitions here do.
+    """
     return [torch.from_numpy(np.sort(part))
             for part in np.array_split(rng.permutation(len(labels)), num_clients)]
 
@@ -291,6 +294,7 @@ def partition_dirichlet(labels: Tensor, num_clients: int, alpha: float, rng: np.
                         *, minimum: int = MIN_IMAGES, redraws: int = MAX_REDRAWS) -> list[Tensor]:
     """Split each class among the clients in proportions drawn from a symmetric Dirichlet(alpha).
 
+    The usual non-IID split of the field (Lin et al., FedDF, NeurIPS 2020; FedIN Sec. 5.1).
     The whole split is redrawn until every client has at least minimum images.  A smaller alpha is
     a stronger skew.  Raises ValueError if that takes more than redraws draws.
     """
@@ -342,6 +346,7 @@ def share_test(test_labels: Tensor, train_labels: Tensor, parts: list[Tensor],
                rng: np.random.Generator) -> list[Tensor]:
     """Share the test images out so that each client's test labels follow its training labels.
 
+    Returns the sorted indices of each client's test images, which may be none.
     In each class the clients get test images in the proportions of their training images, by
     largest remainders, ties to the lower id; those of a class that nobody holds go to nobody.
     """

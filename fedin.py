@@ -11,9 +11,9 @@ x, y              x, y                (B, C, 32, 32), (B,)
 s_in, s_out       s_in, s_out         (B, 64, 8, 8), (B, 512, 1, 1) for the ResNets
 S                 features            rows of (s_in, s_out) from other clients
 w_e, w_in, w_c    model.extractor, model.intermediate, model.classifier
-G_local, G_IN, Z  local, inner, combined gradients by name of the weight
+G_local, G_IN, Z  local, inner, combined gradients, tensor by tensor as the parameters
 mu                mu                  weight of the proximal term; the paper prints mu/2 = 0.05
-lambda            multiplier          of G_local in Eq. 13
+lambda            multiplier          Lagrange multiplier; Eq. 13 weighs G_local by half of it
 
 FedIN without IN training is FedProx under the same average (Table 2b and Table 1 agree on it).
 """
@@ -64,7 +64,7 @@ def project_gradient(inner: Tensor, local: Tensor) -> Tensor:
 
     Z = G_IN                    if b >= 0
     Z = G_IN - (b/a) G_local    if b < 0,   with a = <G_local, G_local>, b = <G_local, G_IN>
-    inner, local: G_IN and G_local of one weight, of equal shape, as Z
+    inner, local: G_IN and G_local of one weight tensor, of equal shape, as Z
     Note that G_local has no share in Z at all where the two agree (b >= 0).
     """
     a = (local * local).sum()
@@ -77,7 +77,7 @@ def project_gradient(inner: Tensor, local: Tensor) -> Tensor:
 
 def project_gradients(inner: Mapping[str, Tensor], local: Mapping[str, Tensor], *,
                       whole: bool = False) -> dict[str, Tensor]:
-    """Eq. 12 for the intermediate layers: weight by weight, or for all of them as one vector.
+    """Eq. 12 for the intermediate layers: tensor by tensor, or for all of them as one vector.
 
     inner: name -> G_IN;  local: name -> G_local, with at least the names of inner
     """
@@ -111,7 +111,11 @@ def add_noise(s: Tensor, level: float, rng: torch.Generator, *,
 
 
 def fedin_init(weights: dict[str, State]) -> dict:
-    """The server's state: global weights, and a pool of features that is empty before round 1."""
+    """The server's state: global weights, and a pool of features that is empty before round 1.
+
+    Later the pool holds owner (P,), the client of each row, s_in (P, 64, 8, 8) and
+    s_out (P, 512, 1, 1) for the ResNets.
+    """
     return {**fedavg_init(weights), "pool": {}}
 
 
@@ -151,12 +155,14 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Receiv
         intermediate layers, G_local elsewhere) or "sum" (G_IN + G_local, "w/o Opt" in Table 2b)
     multiplier: lambda of Eq. 13
     noise: level in standard deviations of the features (Sec. 4.3)
-    noise_in_training: noise inside the forward pass too, or on the features sent alone
+    feature_batch_size, feature_batches: rows of a batch of features, and how many batches it sends;
+        those received take turns, one a step
+    noise_in_training: True: noise in the forward pass and on what is sent; False: on that alone
     in_statistics: what batch normalisation does with other clients' features in IN training:
         "batch and running" (plain training mode), "batch" (running statistics unmoved) or "running"
-    whole: Eq. 12 on all intermediate layers as one vector, or weight by weight
-    Without features to learn from, the loss is l_local with coefficient 1: without noise this is
-    then FedProx.
+    whole: True: Eq. 12 on all intermediate layers as one vector; False: tensor by tensor
+    Without features to learn from, as in round 1, the loss is l_local with coefficient 1; without
+    noise that is FedProx.
     """
     reset(model, optimizer, received.weights)
     rng = stream(NOISE)
@@ -174,7 +180,7 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Receiv
             add_proximal_gradient(model, received.weights, mu)  # second term of Eq. 3
         else:
             theirs_in, theirs_out = pairs[step % len(pairs)]
-            with normalisation(model.intermediate, in_statistics):
+            with batch_norm_mode(model.intermediate, in_statistics):
                 l_in = F.mse_loss(model.intermediate(theirs_in), theirs_out)  # Eq. 7
             if projection == "exact":
                 l_ce.backward()
@@ -203,7 +209,7 @@ def feature_pairs(features: Features | None, batch_size: int) -> list[Features]:
 
 
 @contextmanager
-def normalisation(intermediate: nn.Module, statistics: str):
+def batch_norm_mode(intermediate: nn.Module, statistics: str):
     """Batch normalisation for IN training; see in_statistics of fedin_client_update."""
     by_batch, track = {"batch and running": (True, True), "batch": (True, False),
                        "running": (False, True)}[statistics]
@@ -236,6 +242,7 @@ def own_features(model: nn.Module, data: ClientData, count: int, stream: Stream,
 
     Made after local training, in evaluation mode, or with training in training mode (the model's
     running statistics are then moved; it is scratch).  A client with fewer images sends them all.
+    The images are prepared as for training, so --augment changes them too.
     noise: what is sent carries it; with noise_in_forward s_out is computed from the noisy s_in
     """
     model.train(training)

@@ -129,11 +129,6 @@ def architecture_of(client: int, num_clients: int, architectures: Sequence[str])
 # ------------------------------------------------------------------------------------------ weights
 
 
-def part_of(name: str) -> str:
-    """The part that a weight belongs to: "extractor", "intermediate" or "classifier"."""
-    return name.split(".")[0]
-
-
 def copy_state(model: nn.Module) -> State:
     """A copy of a network's weights, parameters and buffers, in the default memory layout."""
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -200,7 +195,8 @@ def layerwise_average(weights: Mapping[str, State], uploads: Mapping[int, State]
                       uniform: bool = False) -> dict[str, State]:
     """Layer-wise heterogeneous average: layers of the same name are averaged across architectures.
 
-    weights: architecture -> its current weights; what two hold is equal in both, and stays so
+    weights: architecture -> its current weights; tensors of one name are equal in all of them,
+        before and after
     Source: FedIN, Sec. 4.4.  For a single architecture it is FedAvg's average.
     """
     whole = {name: tensor for state in weights.values() for name, tensor in state.items()}

@@ -1,7 +1,7 @@
 """Train one federated method on one data set and write what came of it.
 
     python run.py                                             FedIN on handwritten digits, a minute
-    python run.py --method fedavg --dataset cifar10 --setting quick
+    python run.py --method fedavg --dataset cifar10 --setting quick --train-images 5000
     python run.py --resume --out runs/fedin-digits-0          go on where a run was stopped
 
 Reads from top to bottom: the methods and their settings, the command line, the set-up of a run,
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torchvision
@@ -47,14 +47,15 @@ class Method(NamedTuple):
     client_update: Callable
     server_update: Callable
     deploy: Callable
-    memory: Callable | None = None  # None: nothing stays on a device between rounds
+    initial_memory: Callable | None = None  # None: nothing stays on a device between rounds
 
 
 FEDAVG = Method(baselines.fedavg_init, baselines.fedavg_download, baselines.fedavg_client_update,
                 baselines.fedavg_server_update, baselines.fedavg_deploy)
 METHODS = {
     "local": Method(baselines.fedavg_init, baselines.local_download, baselines.local_client_update,
-                    baselines.local_server_update, baselines.local_deploy, baselines.local_memory),
+                    baselines.local_server_update, baselines.local_deploy,
+                    baselines.local_initial_memory),
     "fedavg": FEDAVG,
     "fedprox": FEDAVG._replace(client_update=baselines.fedprox_client_update),
     "fedin": FEDAVG._replace(init=fedin.fedin_init, download=fedin.fedin_download,
@@ -91,6 +92,7 @@ SETTINGS = {
 APFL_METHODS = ("local",)  # methods of AP-FL's tables alone
 QUICK_APFL = {"participation": 1.0, "local_epochs": 5, "batch_size": 50, "model": "cnn"}
 MAY_CHANGE = ("rounds", "workers", "device", "data_dir")  # on --resume
+SPEED_SPREAD = 4.0  # the fastest client over the slowest, in virtual time
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -115,7 +117,7 @@ def number(kind: type, low: float, high: float = 1e9, *, open_low: bool = False)
     return convert
 
 
-def raise_usage_error(message: str) -> None:
+def raise_usage_error(message: str) -> NoReturn:
     """What argparse calls when the command line is wrong; main prints it as one line."""
     raise ValueError(f"{message} (python run.py --help lists all flags)")
 
@@ -140,17 +142,17 @@ def parser() -> argparse.ArgumentParser:
                        "apfl are the papers' (FedIN Sec. 5.1, AP-FL Sec. 4.1). Default quick on "
                        "digits, else the setting of the method's paper")
     group.add_argument("--seed", type=number(int, 0, 2**32 - 1), metavar="N",
-                       help="of every random draw; default 0")
+                       help="seed of every random draw; default 0")
 
     group = top.add_argument_group("federation (values of the papers: FedIN | AP-FL)")
     group.add_argument("--clients", type=count, metavar="N", help="K: 100 | 5, 10")
     group.add_argument("--participation", type=number(float, 0, 1, open_low=True), metavar="X",
                        help="share of the clients drawn each round: 0.1 (not stated) | 1")
     group.add_argument("--rounds", type=count, metavar="N",
-                       help="communication rounds: 500 | not stated")
+                       help="communication rounds: 500 | 50 (not stated)")
     group.add_argument("--local-epochs", type=count, metavar="N",
                        help="epochs a client and round: 5 | 20")
-    group.add_argument("--batch-size", type=size, metavar="N", help="16 | 50")
+    group.add_argument("--batch-size", type=size, metavar="N", help="images a batch: 16 | 50")
     group.add_argument("--optimizer", choices=("adam", "sgd"), help="adam | adam; new every round")
     group.add_argument("--lr", type=positive, metavar="X", help="learning rate: 0.001 | 0.0002")
     group.add_argument("--model", choices=models.MODELS,
@@ -165,25 +167,29 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--train-images", type=count, metavar="N",
                        help="a class-balanced subset of the training images; default all")
     group.add_argument("--partition", choices=("iid", "dirichlet", "pathological"),
-                       help="how the training images are split among the clients")
+                       help="how the training images are split among the clients; dirichlet "
+                       "gives each at least ten; default dirichlet")
     group.add_argument("--alpha", type=positive, metavar="X",
                        help="of --partition dirichlet; smaller is more skewed: 0.5 | 0.01 to 0.1")
     group.add_argument("--classes-per-client", type=count, metavar="N",
                        help="gamma of --partition pathological; default 2")
     group.add_argument("--augment", action="store_true",
-                       help="random crop, flip and Cutout; on digits and letters Cutout alone")
+                       help="random crop, flip and Cutout; on digits, svhn, emnist Cutout alone")
     group.add_argument("--data-dir", metavar="DIR", help="where downloads are kept; default data")
 
     group = top.add_argument_group("machine and files")
     group.add_argument("--device", metavar="NAME",
                        help="cpu, cuda, cuda:1, ...; default cuda where there is one")
     group.add_argument("--workers", type=few, metavar="N",
-                       help="clients trained at a time; default the cores on a CPU, 1 on a GPU")
-    group.add_argument("--threads", type=few, metavar="N", help="of each of them; default 1")
+                       help="clients trained at a time; default on a CPU the cores, but no more "
+                       "than clients a round; on a GPU 1")
+    group.add_argument("--threads", type=few, metavar="N",
+                       help="intra-op threads of each worker; default 1")
     group.add_argument("--out", metavar="DIR", help="default runs/METHOD-DATASET-SEED")
     group.add_argument("--resume", action="store_true",
                        help="go on with the run in --out; --rounds may grow")
-    group.add_argument("--checkpoint-every", type=count, metavar="N", help="rounds; default 1")
+    group.add_argument("--checkpoint-every", type=count, metavar="N",
+                       help="rounds between checkpoints; default 1")
 
     group = top.add_argument_group("fedprox, fedin")
     group.add_argument("--mu", type=weight, metavar="X",
@@ -191,22 +197,24 @@ def parser() -> argparse.ArgumentParser:
                        f"default {fedin.MU}, for fedprox in the apfl setting "
                        f"{baselines.FEDPROX_MU_APFL}")
     group = top.add_argument_group("fedin")
-    group.add_argument("--noise", type=weight, metavar="LEVEL", help="on the features, in their "
-                       f"standard deviations sigma; FedIN (+Noise), Sec. 4.3: {fedin.NOISE_LEVEL}; "
-                       "default 0")
+    group.add_argument("--noise", type=weight, metavar="LEVEL",
+                       help="noise on the features, as a multiple of their standard deviation; "
+                       f"FedIN (+Noise), Sec. 4.3: {fedin.NOISE_LEVEL}; default 0")
     group.add_argument("--projection", choices=("simplified", "exact", "sum"),
                        help="gradient alleviation: Eq. 13, Eq. 12, or none; default simplified")
     group.add_argument("--ablate", choices=ABLATIONS, nargs="+", action="extend",
                        help="leave out IN training, the proximal term, the alleviation (Table 2b)")
     group.add_argument("--feature-batch-size", type=size, metavar="N",
-                       help=f"rows of S, Fig. 6c; default {fedin.FEATURE_BATCH_SIZE}")
+                       help="features in a batch, |S|, Fig. 6c; default "
+                       f"{fedin.FEATURE_BATCH_SIZE}")
     group.add_argument("--feature-batches", type=count, metavar="N",
-                       help=f"batches of S, Fig. 6d; default {fedin.FEATURE_BATCHES}")
+                       help="batches of features that a client sends and receives, Fig. 6d; "
+                       f"default {fedin.FEATURE_BATCHES}")
     return top
 
 
 def resolve(typed: dict) -> dict:
-    """Every setting of a run: its setting's values, its method's, what was typed; in this order.
+    """Every option of a run: those of its setting, then of its method, then what was typed.
 
     Raises ValueError if something was typed that the run would not read.
     """
@@ -225,8 +233,6 @@ def resolve(typed: dict) -> dict:
     settings["partition"] = typed.get("partition", settings["partition"])
     if settings["partition"] != "dirichlet":
         del settings["alpha"]
-    elif "alpha" not in settings:
-        settings["alpha"] = 0.5
     if settings["partition"] == "pathological":
         settings["classes_per_client"] = 2
     fixed = {}
@@ -234,13 +240,14 @@ def resolve(typed: dict) -> dict:
         fixed |= ABLATIONS[part]
     settings |= fixed | {"device": default_device(), "workers": None, "threads": 1}
 
+    reasons = {"alpha": f"with --partition {settings['partition']}",
+               "classes_per_client": f"with --partition {settings['partition']}",
+               "data_dir": f"with --dataset {dataset}",
+               **{name: f"with --ablate {' '.join(typed['ablate'])}" for name in fixed}}
     for name in typed:
-        if name not in settings or name in fixed:
-            why = {"alpha": f"with --partition {settings['partition']}",
-                   "classes_per_client": f"with --partition {settings['partition']}",
-                   "data_dir": f"with --dataset {dataset}"}.get(name, f"by --method {method}")
-            why = f"with --ablate {' '.join(typed['ablate'])}" if name in fixed else why
-            raise ValueError(f"--{name.replace('_', '-')} is not read {why}: leave it out")
+        if name in fixed or name not in settings:
+            reason = reasons.get(name, f"by --method {method}")
+            raise ValueError(f"--{name.replace('_', '-')} is not read {reason}: leave it out")
     settings |= typed
     settings["device"] = str(find_device(settings["device"]))
     if settings["workers"] is None:
@@ -295,9 +302,6 @@ class Experiment(NamedTuple):
         return partial(data.torch_stream, self.settings["seed"], round=t, client=client)
 
 
-SPEED_SPREAD = 4.0  # the fastest client over the slowest, in virtual time
-
-
 def prepare_experiment(settings: dict) -> Experiment:
     """Load and partition the data, and bind the method's functions to the settings.
 
@@ -309,9 +313,9 @@ def prepare_experiment(settings: dict) -> Experiment:
         if settings["train_images"] > len(loaded.y_train):
             raise ValueError(f"--train-images {settings['train_images']} is more than the "
                              f"{len(loaded.y_train)} training images of {settings['dataset']}")
-        kept = data.balanced_subset(loaded.y_train, settings["train_images"],
-                                    data.numpy_stream(seed, data.SUBSET))
-        loaded = loaded._replace(x_train=loaded.x_train[kept], y_train=loaded.y_train[kept])
+        subset = data.balanced_subset(loaded.y_train, settings["train_images"],
+                                      data.numpy_stream(seed, data.SUBSET))
+        loaded = loaded._replace(x_train=loaded.x_train[subset], y_train=loaded.y_train[subset])
 
     if len(loaded.y_train) < 2 * num_clients:
         raise ValueError(f"{len(loaded.y_train)} training images cannot give each of {num_clients} "
@@ -359,24 +363,26 @@ def bind(method: Method, settings: dict) -> Method:
     return Method(*map(fill, method))
 
 
-def scratch(experiment: Experiment, arch: str, *,
-            training: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def empty_network(experiment: Experiment, arch: str) -> torch.nn.Module:
+    """A network for the data of an experiment, whose weights are yet to be loaded."""
+    images = experiment.data.x_train
+    return models.build_empty(arch, images.shape[1], len(experiment.data.classes), images.device)
+
+
+def scratch(experiment: Experiment, arch: str) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """This thread's reusable network of an architecture, and its optimiser.
 
-    Memory is laid out channels_last where that was measured to pay on a CPU: 1.24 x in the CNN's
-    training, 1.2 to 1.7 x in evaluation; the ResNets' training at batch 16 would lose (0.77 x).
+    Memory is laid out channels_last for the CNN alone: that was measured to be worth 1.24 x in its
+    training on a CPU, where the ResNets at batch 16 would lose (0.77 x).
     """
     made = experiment.reusable.__dict__
-    if (arch, training) not in made:
-        settings, images = experiment.settings, experiment.data.x_train
-        num_classes = len(experiment.data.classes)
-        model = models.build_empty(arch, images.shape[1], num_classes, images.device)
-        if arch == "cnn" or not training:
+    if arch not in made:
+        model, settings = empty_network(experiment, arch), experiment.settings
+        if arch == "cnn":
             model = model.to(memory_format=torch.channels_last)
         kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[settings["optimizer"]]
-        optimizer = kind(model.parameters(), lr=settings["lr"], fused=True)
-        made[arch, training] = model, optimizer
-    return made[arch, training]
+        made[arch] = model, kind(model.parameters(), lr=settings["lr"], fused=True)
+    return made[arch]
 
 
 # ---------------------------------------------------------------------------------------- one round
@@ -390,23 +396,24 @@ def draw_participants(settings: dict, t: int) -> list[int]:
 
 
 def train_client(experiment: Experiment, t: int, k: int, received: object,
-                 *memory: object) -> baselines.Result:
+                 *kept: object) -> baselines.Result:
     """Run the method's client update; called in a worker thread.
 
-    memory: what stays on the device, for a method that has such a thing
+    kept: what stays on the device, for a method that has such a thing
     Raises FloatingPointError if the loss or a weight is no longer finite.
     """
     settings, client = experiment.settings, experiment.clients[k]
     stream = experiment.stream(t, k)
-    prepare = partial(data.standardise, mean=experiment.statistics[0],
-                      deviation=experiment.statistics[1])
+    mean, deviation = experiment.statistics
+    prepare = partial(data.standardise, mean=mean, deviation=deviation)
     if settings["augment"]:
         characters = settings["dataset"] in ("digits", "svhn", "emnist")
-        prepare = partial(data.augment, **prepare.keywords, rng=stream(data.AUGMENTATION),
-                          kind=data.CHARACTERS if characters else data.Augmentation())
+        prepare = partial(data.augment, mean=mean, deviation=deviation,
+                          kind=data.CHARACTERS if characters else data.Augmentation(),
+                          rng=stream(data.AUGMENTATION))
     own = data.ClientData(experiment.data.x_train, experiment.data.y_train, client.indices, prepare)
-    model, optimizer = scratch(experiment, client.arch, training=True)
-    result = experiment.method.client_update(model, optimizer, received, own, stream, *memory)
+    model, optimizer = scratch(experiment, client.arch)
+    result = experiment.method.client_update(model, optimizer, received, own, stream, *kept)
     optimizer.zero_grad()  # frees the gradients while the network waits for its next client
     finite = [tensor.isfinite().all() for tensor in models.tensors_in((result.update, result.kept))]
     if not (math.isfinite(result.loss) and torch.stack(finite).all()):
@@ -426,18 +433,19 @@ def train_round(experiment: Experiment, pool: ThreadPoolExecutor, t: int, server
     chosen = draw_participants(experiment.settings, t)
     received = {k: method.download(server, clients[k], experiment.stream(t, k)) for k in chosen}
     kept = {k: [] for k in chosen}
-    if method.memory is not None:
-        kept = {k: [memory[k] if k in memory else method.memory(server, clients[k])]
+    if method.initial_memory is not None:
+        kept = {k: [memory[k] if k in memory else method.initial_memory(server, clients[k])]
                 for k in chosen}
 
-    def cost(k: int) -> int:  # the largest first, so that no worker ends up alone with one
-        return -len(clients[k].indices) * models.num_bytes(server["weights"][clients[k].arch])
+    def cost(k: int) -> int:
+        return len(clients[k].indices) * models.num_bytes(server["weights"][clients[k].arch])
 
+    # The largest first, so that no worker ends up alone with one.
     futures = {k: pool.submit(train_client, experiment, t, k, received[k], *kept[k])
-               for k in sorted(chosen, key=cost)}
+               for k in sorted(chosen, key=cost, reverse=True)}
     results = {k: futures[k].result() for k in chosen}
     server = method.server_update(server, {k: result.update for k, result in results.items()})
-    if method.memory is not None:
+    if method.initial_memory is not None:
         memory = memory | {k: result.kept for k, result in results.items()}
     samples = sum(result.samples for result in results.values())
     figures = {"loss": sum(result.loss for result in results.values()) / max(1, samples),
@@ -458,22 +466,24 @@ def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
     share of the test set, weighted by share.  Each distinct model predicts the test set once.
     """
     test, shares = experiment.data, experiment.test_shares
-    prepare = partial(data.standardise, mean=experiment.statistics[0],
-                      deviation=experiment.statistics[1])
-    users: dict = {}
+    mean, deviation = experiment.statistics
+    prepare = partial(data.standardise, mean=mean, deviation=deviation)
+    in_use, users = {}, {}
     for client in experiment.clients:
         key, weights = experiment.method.deploy(server, client, memory.get(client.id))
-        users.setdefault(key, (client.arch, weights, []))[2].append(client.id)
-    whole = own = 0
-    for arch, weights, ids in users.values():
-        model, _ = scratch(experiment, arch, training=False)
+        in_use[key] = client.arch, weights
+        users.setdefault(key, []).append(client.id)
+    right_of_all = right_of_own = 0
+    for key, (arch, weights) in in_use.items():
+        # channels_last was measured to predict 1.2 to 1.7 x faster on a CPU.
+        model = empty_network(experiment, arch).to(memory_format=torch.channels_last)
         model.load_state_dict(weights)
         right = models.predict(model, test.x_test, prepare) == test.y_test
-        whole += len(ids) * int(right.sum())
-        own += sum(int(right[shares[k]].sum()) for k in ids)
+        right_of_all += len(users[key]) * int(right.sum())
+        right_of_own += sum(int(right[shares[k]].sum()) for k in users[key])
     shared = sum(len(share) for share in shares)
-    return {"accuracy": 100 * whole / (len(experiment.clients) * len(test.y_test)),
-            "personal_accuracy": 100 * own / shared if shared else None}
+    return {"accuracy": 100 * right_of_all / (len(experiment.clients) * len(test.y_test)),
+            "personal_accuracy": 100 * right_of_own / shared if shared else None}
 
 
 # ------------------------------------------------------------------------------- the files of a run
@@ -516,15 +526,15 @@ def read_config(out: Path, typed: dict) -> dict:
     """
     try:
         settings = json.loads((out / "config.json").read_text())
-        like = {name: settings[name] for name in ("method", "dataset", "partition", "device")}
-        whole = resolve(like).keys() <= settings.keys() and isinstance(settings["rounds"], int)
+        like = {name: settings[name] for name in ("method", "dataset", "partition")}
+        complete = resolve(like).keys() <= settings.keys() and isinstance(settings["rounds"], int)
     except FileNotFoundError as error:
         raise ValueError(f"there is no run in {out} to resume: check --out, or leave out --resume "
                          "to start one") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{out / 'config.json'} is damaged: start anew with another --out"
                          ) from error
-    if not whole:
+    if not complete:
         raise ValueError(f"{out / 'config.json'} lacks settings: start anew with another --out")
     for name, value in typed.items():
         flag = f"--{name.replace('_', '-')}"
@@ -572,7 +582,7 @@ def load_checkpoint(out: Path, device: str) -> Progress | None:
 
 
 def trim_metrics(path: Path, last_round: int, settings: dict) -> list[dict]:
-    """The lines of metrics.jsonl that a run would have that reached last_round without a stop.
+    """The lines that metrics.jsonl would hold had the run reached last_round without a stop.
 
     Dropped are later lines, a torn last one, and that of a round that was evaluated only because it
     was the last before --rounds grew.  Raises ValueError if a line is missing.
@@ -648,11 +658,11 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
 
 def describe(experiment: Experiment, server: dict, out: Path) -> None:
     """Print what is about to run."""
-    settings, held = experiment.settings, experiment.data
-    channels, height, width = held.x_train.shape[1:]
-    print(f"{settings['method']} on {settings['dataset']}: {len(held.y_train):,} training and "
-          f"{len(held.y_test):,} test images of {height}x{width}x{channels}, "
-          f"{len(held.classes)} classes")
+    settings, dataset = experiment.settings, experiment.data
+    channels, height, width = dataset.x_train.shape[1:]
+    print(f"{settings['method']} on {settings['dataset']}: {len(dataset.y_train):,} training and "
+          f"{len(dataset.y_test):,} test images of {height}x{width}x{channels}, "
+          f"{len(dataset.classes)} classes")
     print(f"{settings['rounds']} rounds with {num_participants(settings)} of {settings['clients']} "
           f"clients, {settings['local_epochs']} local epochs, batch {settings['batch_size']}, "
           f"{settings['optimizer']} at {settings['lr']:g}, seed {settings['seed']}; "
@@ -662,7 +672,7 @@ def describe(experiment: Experiment, server: dict, out: Path) -> None:
     print_partition(experiment)
     for arch, state in server["weights"].items():
         size = sum(tensor.numel() for tensor in models.build_empty(
-            arch, channels, len(held.classes), torch.device("meta")).parameters())
+            arch, channels, len(dataset.classes), torch.device("meta")).parameters())
         print(f"{arch}: {size:,} parameters, {models.num_bytes(state) / 1e6:.2f} MB with buffers")
     print(f"traffic: about {expected_traffic(experiment, server):.0f} MB each way a round")
     own = [f"{name} {settings[name]}" for name in METHOD_DEFAULTS[settings["method"]]]
@@ -674,9 +684,9 @@ def describe(experiment: Experiment, server: dict, out: Path) -> None:
 
 def expected_traffic(experiment: Experiment, server: dict) -> float:
     """Megabytes that an average round sends down, and up again, after the first."""
-    settings, clients = experiment.settings, experiment.clients
-    total = sum(models.num_bytes(experiment.method.download(server, client,
-                                                            experiment.stream(0, client.id)))
+    settings, clients, method = experiment.settings, experiment.clients, experiment.method
+    first = method.init(server["weights"])  # which has no features to send yet
+    total = sum(models.num_bytes(method.download(first, client, experiment.stream(0, client.id)))
                 for client in clients) / len(clients)
     if settings.get("feature_batches"):
         images = torch.empty(1, *experiment.data.x_train.shape[1:], device="meta")
@@ -823,9 +833,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         train(experiment, progress, history, out)
     except FloatingPointError as error:
-        return complain(f"{error}; {out} holds the rounds before it", 1)
+        return complain(f"{error}; {out} keeps its last checkpoint", 1)
     except OSError as error:
-        return complain(f"{error}; the rounds before are safe, {go_on}", 2)
+        return complain(f"{error}; mend that, then {go_on} (from the last checkpoint)", 2)
     except KeyboardInterrupt:
         return complain(f"stopped; {go_on}", 130)
     return 0

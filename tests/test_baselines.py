@@ -155,7 +155,7 @@ def test_the_server_takes_over_a_single_client_and_weights_two_by_their_images()
 def test_local_sends_nothing_keeps_its_model_and_uses_it():
     server = baselines.fedavg_init({"tiny": received()})
     assert baselines.local_download(server, client(), stream) == {}
-    kept = baselines.local_memory(server, client())
+    kept = baselines.local_initial_memory(server, client())
     first = baselines.local_client_update(*adam(), {}, tiny_data(), stream, kept, **EPOCHS)
     assert first.update.weights == {} and models.num_bytes(first.update) == 0
     same_as = baselines.fedavg_client_update(*adam(), received(), tiny_data(), stream, **EPOCHS)

@@ -259,9 +259,29 @@ def test_noise_at_zero_draws_nothing_and_changes_nothing():
     rng = torch.Generator().manual_seed(1)
     before, s = rng.get_state(), torch.randn(3, 2)
     assert fedin.add_noise(s, 0.0, rng) is s and torch.equal(rng.get_state(), before)
+
+
+def test_noise_at_zero_is_a_run_that_never_heard_of_noise(monkeypatch):
     received = fedin.Received(weights(), features())
-    quiet, default = update(received, noise=0.0), update(received)
-    assert same(quiet.update.weights, default.update.weights)
+    quiet = update(received, noise=0.0)
+    monkeypatch.setattr(fedin, "add_noise", lambda s, level, rng: s)
+    silent = update(received)
+    assert same(quiet.update.weights, silent.update.weights)
+    assert all(torch.equal(a, b) for a, b in zip(quiet.update.features, silent.update.features))
+
+
+def test_noise_in_training_is_on_both_ends_of_the_intermediate_layers():
+    ours = update(fedin.Received(weights(), None), sgd, noise=0.8, local_epochs=1, batch_size=20)
+    model, rng = tiny_net(1), stream(data.NOISE)
+    model.load_state_dict(weights())
+    (x, y), = data.batches(tiny_data(), 20, 1, stream(data.BATCHES))
+    s_in = model.extractor(x)
+    s_in = s_in + 0.8 * s_in.detach().std() * torch.randn(s_in.shape, generator=rng)
+    s_out = model.intermediate(s_in)
+    s_out = s_out + 0.8 * s_out.detach().std() * torch.randn(s_out.shape, generator=rng)
+    F.cross_entropy(model.classifier(s_out), y).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours.update.weights[name], parameter - 0.1 * parameter.grad)
 
 
 def test_noise_enters_training_and_upload_or_the_upload_alone():
@@ -383,6 +403,7 @@ def test_one_batch_of_features_of_the_resnets_costs_73728_floats():
 @pytest.mark.parametrize("function", [fedin.project_gradient, fedin.add_noise,
                                       baselines.add_proximal_gradient, models.average])
 def test_helpers_run_when_copied_into_a_file_of_their_own(function):
+    # The first line, which the README names, leaves annotations unread.
     source = "from __future__ import annotations\nimport torch\n" + inspect.getsource(function)
     namespace = {}
     exec(source, namespace)

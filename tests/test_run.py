@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -171,7 +172,6 @@ def test_fedin_without_in_is_fedprox_and_without_prox_too_fedavg(tmp_path):
 
     prox = entries("prox", "--method", "fedprox")
     assert entries("in", "--ablate", "in") == prox
-    assert entries("in-exact", "--ablate", "in", "--mu", "0.1") == prox
     average = entries("average", "--method", "fedavg")
     assert entries("in-prox", "--ablate", "in", "prox") == average
     assert entries("mu-zero", "--method", "fedprox", "--mu", "0") == average != prox
@@ -183,6 +183,22 @@ def test_noise_zero_is_no_noise_and_ablate_opt_is_the_plain_sum(tmp_path):
     assert go(tmp_path / "noisy", *CNN, "--rounds", "2", "--noise", "0.8") != plain
     opt = go(tmp_path / "opt", *CNN, "--rounds", "2", "--ablate", "opt")
     assert go(tmp_path / "sum", *CNN, "--rounds", "2", "--projection", "sum") == opt != plain
+
+
+@pytest.mark.parametrize("flags", ["--projection exact", "--feature-batches 2", "--augment",
+                                   "--feature-batch-size 8", "--optimizer sgd", "--mu 5"])
+def test_an_option_makes_a_difference(flags, tmp_path):
+    assert go(tmp_path / "a", *CNN, "--rounds", "2", *flags.split()) != go(
+        tmp_path / "b", *CNN, "--rounds", "2")
+
+
+def test_aggregation_per_architecture_is_layerwise_where_there_is_one_alone(tmp_path):
+    flags = [*CNN, "--rounds", "2"]
+    assert go(tmp_path / "a", *flags, "--aggregation", "per-architecture") == go(tmp_path / "b",
+                                                                                 *flags)
+    flags = [*RESNETS, "--method", "fedavg", "--rounds", "1"]
+    assert go(tmp_path / "c", *flags, "--aggregation", "per-architecture") != go(tmp_path / "d",
+                                                                                 *flags)
 
 
 # ------------------------------------------------------------------------ the same bytes again
@@ -343,6 +359,20 @@ def test_resume_refuses_what_does_not_agree(tmp_path, capsys):
         assert "config.json is damaged" in refused(capsys, *out)
 
 
+@pytest.mark.parametrize("lr", [1e6, 1e39])  # at 1e39 the loss of the one step is finite still
+def test_a_run_that_diverges_later_keeps_its_last_good_checkpoint(tmp_path, capsys, lr):
+    flags = [*CNN, "--optimizer", "sgd", "--batch-size", "24" if lr > 1e38 else "12"]
+    go(tmp_path, *flags, "--rounds", "1")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"lr": lr}))
+    capsys.readouterr()
+    out = ["--out", str(tmp_path)]
+    assert "round 2, client" in refused(capsys, "--resume", "--rounds", "3", *out, status=1)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["round"] == 1 == len(lines(tmp_path))
+    assert all(tensor.isfinite().all() for tensor in models.tensors_in(saved))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_round_and_client(tmp_path, capsys):
     flags = [*CNN, "--optimizer", "sgd", "--rounds", "3"]
     out = ["--out", str(tmp_path / "out")]
@@ -409,6 +439,13 @@ def test_bad_data_ends_in_one_line(tmp_path, capsys):
         np.savez(tmp_path / "bad.npz", **(good | change))
         error = refused(capsys, "--dataset", str(tmp_path / "bad.npz"), "--setting", "quick")
         assert hint in error and "bad.npz" in error
+    np.savez(tmp_path / "good.npz", **good)
+    np.savez(tmp_path / "objects.npz", **(good | {"y_train": np.array([None] * 40)}))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:2000])
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps(good))
+    for name in ("objects", "cut", "pickle"):
+        error = refused(capsys, "--dataset", str(tmp_path / f"{name}.npz"), "--setting", "quick")
+        assert f"{name}.npz cannot be read" in error
 
 
 def test_an_own_data_set_runs_by_its_path(tmp_path):
