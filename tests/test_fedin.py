@@ -311,6 +311,19 @@ def test_uploaded_features_are_those_of_the_trained_model_on_own_images():
     assert len(set(rows)) == 16  # 16 different images of its own
 
 
+@pytest.mark.parametrize("in_forward", [True, False])
+def test_uploaded_outputs_come_from_the_noisy_or_from_the_clean_inputs(in_forward):
+    model, _ = adam()
+    clean_in, clean_out = fedin.own_features(model, tiny_data(), 16, stream, 0.0)
+    sent_in, sent_out = fedin.own_features(model, tiny_data(), 16, stream, 0.8,
+                                           noise_in_forward=in_forward)
+    rng = stream(data.FEATURE_NOISE)
+    noisy_in = fedin.add_noise(clean_in, 0.8, rng)
+    s_out = model.intermediate(noisy_in) if in_forward else clean_out
+    assert torch.equal(sent_in, noisy_in)
+    torch.testing.assert_close(sent_out, fedin.add_noise(s_out.detach(), 0.8, rng))
+
+
 def test_a_small_client_sends_features_of_all_its_images():
     result = update(fedin.Received(weights(), None), own=tiny_data(5), batch_size=5)
     assert len(result.update.features[0]) == 5

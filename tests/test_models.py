@@ -61,7 +61,8 @@ def test_resnet_is_torchvisions(arch):
 
 
 def test_resnet_weights_are_drawn_like_torchvisions():
-    weight = models.build("resnet10", 3, 10).state_dict()["intermediate.layer4.0.conv2.weight"]
+    weight = models.build("resnet10", 3, 10).state_dict()["intermediate.layer4.0.conv1.weight"]
+    assert weight.shape == (512, 256, 3, 3)
     assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.02)  # fan out
 
 
