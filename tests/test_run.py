@@ -154,6 +154,35 @@ def test_traffic_is_the_bytes_of_what_was_sent(tmp_path):
         assert entry["download_mb"] == pytest.approx((weights + received) / 1e6, abs=1e-9)
 
 
+def test_accuracies_are_those_of_the_models_that_the_clients_use(tmp_path):
+    last = go(tmp_path, *CNN, "--method", "local", "--partition", "dirichlet", "--rounds", "2",
+              "--participation", "0.4")[-1]
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert 0 < len(saved["memory"]) < 5  # some clients still use the initial weights
+    experiment = run.prepare_experiment(json.loads((tmp_path / "config.json").read_text()))
+    x = data.standardise(experiment.data.x_test, *experiment.statistics)
+    net, on_all, on_own = models.build("cnn", 1, 10).eval(), [], []
+    for k in range(5):
+        net.load_state_dict(saved["memory"].get(k, saved["server"]["weights"]["cnn"]))
+        with torch.no_grad():
+            right = (net(x).argmax(1) == experiment.data.y_test).double()
+        on_all.append(right.mean().item())
+        on_own.extend(right[experiment.test_shares[k]].tolist())
+    assert last["accuracy"] == pytest.approx(100 * sum(on_all) / 5)
+    assert last["personal_accuracy"] == pytest.approx(100 * sum(on_own) / len(on_own))
+    assert len(on_own) == 360 and last["accuracy"] != last["personal_accuracy"]
+
+
+def test_a_round_lasts_as_long_as_its_slowest_participant(tmp_path):
+    entries = go(tmp_path, *CNN, "--rounds", "2")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    speeds = run.prepare_experiment(settings).speeds
+    assert all(1 <= speed <= run.SPEED_SPREAD for speed in speeds) and len(set(speeds)) == 5
+    slowest = [min(speeds[k] for k in run.draw_participants(settings, t)) for t in (1, 2)]
+    assert entries[0]["clock"] == pytest.approx(24 / slowest[0])
+    assert entries[1]["clock"] == pytest.approx(24 / slowest[0] + 24 / slowest[1])
+
+
 def test_fedin_learns_the_digits(tmp_path):
     entries = go(tmp_path, "--model", "resnet10", "--partition", "iid", "--clients", "4",
                  "--participation", "1", "--rounds", "3", "--train-images", "600")
