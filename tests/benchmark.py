@@ -10,7 +10,6 @@ Images are random: no time depends on their content.
 
 import statistics
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -99,12 +98,12 @@ def fedin_round_by_workers(folder: Path) -> None:
     with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         server, _, _ = run.train_round(experiment, pool, 1, server, {})  # so that features travel
 
-    def one_round(pool, reusable):
-        run.train_round(experiment._replace(reusable=reusable), pool, 2, server, {})
+    def one_round(pool, free):
+        run.train_round(experiment._replace(free=free), pool, 2, server, {})
 
     def rounds(workers, threads):
         pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
-        return partial(one_round, pool, threading.local())
+        return partial(one_round, pool, {arch: [] for arch in models.RESNET_BLOCKS})
 
     two = rounds(2, 1)
     for workers, threads in ((1, 1), (1, 2)):
