@@ -738,7 +738,7 @@ def train(experiment: Experiment, progress: Progress, history: list[dict], out: 
     pool = ThreadPoolExecutor(settings["workers"], initializer=torch.set_num_threads,
                               initargs=(settings["threads"],))
     # On standard output, so that standard error holds errors alone.
-    bar = tqdm(total=settings["rounds"], initial=start, unit=" rounds", file=sys.stdout)
+    bar = tqdm(total=settings["rounds"], initial=start, unit=" round", file=sys.stdout)
     try:
         for t in range(start + 1, settings["rounds"] + 1):
             round_start = time.perf_counter()
