@@ -157,6 +157,17 @@ def add_proximal_gradient(model: nn.Module, reference: State, mu: float) -> None
         parameter.grad.add_(parameter - reference[name], alpha=mu)
 
 
+# --------------------------------------------------------------------------------------- FedAvg-FT
+
+
+def fedavg_ft_trains_late(server: dict, client: Client) -> bool:
+    """Every client fine-tunes the final global model once (AP-FL, Sec. 4.1, for dropout clients).
+
+    It does so by FedAvg's update, for as many epochs as in a round, and keeps what comes out.
+    """
+    return True
+
+
 # -------------------------------------------------------------------------------------------- Local
 
 

@@ -34,7 +34,8 @@ MAX_REDRAWS = 10_000  # of a Dirichlet partition, before giving up
 # What a random stream is for.  The numbers enter every seed, so they are part of every result:
 # append new ones, never renumber.
 (SUBSET, PARTITION, TEST_SHARES, INITIAL_WEIGHTS, PARTICIPANTS, SPEEDS, BATCHES, AUGMENTATION,
- FEATURE_BATCH, FEATURE_POOL, NOISE, FEATURE_NOISE) = range(12)
+ FEATURE_BATCH, FEATURE_POOL, NOISE, FEATURE_NOISE, GENERATOR_WEIGHTS, GENERATOR_NOISE, SYNTHETIC,
+ FRIEND_BATCHES) = range(16)
 
 
 class Dataset(NamedTuple):
@@ -329,11 +330,52 @@ def partition_pathological(labels: Tensor, num_clients: int, classes_per_client:
     if classes_per_client > num_classes:
         raise ValueError(f"--classes-per-client {classes_per_client} is more than the "
                          f"{num_classes} classes there are")
+    holders = assign_classes(num_classes, num_clients, classes_per_client, rng)
+    return deal_classes(labels, holders, num_clients, rng)
+
+
+def partition_dropout(labels: Tensor, num_clients: int, missing: float,
+                      rng: np.random.Generator) -> tuple[list[Tensor], list[int]]:
+    """AP-FL's dropout setting: two classes a client; the last classes sit with dropout clients.
+
+    missing: the share of the C classes that clients who take part lack (MC in the paper's Table 3);
+        the round(missing C) last classes, at least one, are those
+    Each dropout client, the last ones by id, holds two of the last classes.  If the number of
+    missing classes is odd, the class before them sits with a dropout client too, and with others.
+    Returns the parts, as partition_pathological does, and the ids of the dropout clients.  Ten
+    clients, ten classes and a share of 0.2 are the paper's Table 1: one of them alone holds 8, 9.
+    Raises ValueError if too few classes or clients are left.
+    """
+    num_classes = int(labels.max()) + 1
+    num_missing = max(1, round(missing * num_classes))
+    num_dropouts = -(-num_missing // 2)
+    num_seen, num_others = num_classes - num_missing, num_clients - num_dropouts
+    if num_seen < 2 or num_others < 1:
+        raise ValueError(f"--missing-classes {missing:g} leaves {num_seen} of {num_classes} classes "
+                         f"to {max(0, num_others)} of {num_clients} clients: at least two classes "
+                         "and one client must take part")
+    holders = assign_classes(num_seen, num_others, 2, rng) + [[] for _ in range(num_missing)]
+    dropouts = list(range(num_others, num_clients))
+    for place, client in enumerate(reversed(dropouts)):
+        for label in (num_classes - 2 * place - 2, num_classes - 2 * place - 1):
+            holders[label].append(client)
+    return deal_classes(labels, holders, num_clients, rng), dropouts
+
+
+def assign_classes(num_classes: int, num_clients: int, classes_per_client: int,
+                   rng: np.random.Generator) -> list[list[int]]:
+    """The clients that hold each class; see partition_pathological."""
     holders = [[] for _ in range(num_classes)]
     for client in range(num_clients):
         fewest_first = np.lexsort((rng.random(num_classes), [len(clients) for clients in holders]))
         for label in fewest_first[:classes_per_client]:
             holders[label].append(client)
+    return holders
+
+
+def deal_classes(labels: Tensor, holders: list[list[int]], num_clients: int,
+                 rng: np.random.Generator) -> list[Tensor]:
+    """Share the images of each class equally among the clients that hold it."""
     parts = [[np.empty(0, dtype=np.int64)] for _ in range(num_clients)]
     for label, clients in enumerate(holders):
         members = rng.permutation(np.flatnonzero(labels.numpy() == label))
@@ -432,6 +474,11 @@ def augment(images: Tensor, mean: Tensor, deviation: Tensor, kind: Augmentation,
     in_rows = (rows >= top) & (rows < top + kind.hole)  # (B, H)
     in_columns = (columns >= left) & (columns < left + kind.hole)  # (B, W)
     return x.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
+
+
+def samples_per_epoch(count: int, batch_size: int) -> int:
+    """How many of a client's count images an epoch of batches visits."""
+    return count - (count % batch_size == 1)
 
 
 def batches(data: ClientData, batch_size: int, epochs: int,

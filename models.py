@@ -1,7 +1,7 @@
 """Networks and the arithmetic of their weights.  A leaf: knows nothing of rounds or data sets.
 
 In reading order: the CNN of AP-FL and the ResNets of FedIN; which architecture a client has;
-weights as state dicts: copies, sizes, averages; prediction.
+weights as state dicts: copies, sizes, averages, interpolation; prediction.
 
 Every network is classifier(intermediate(extractor(x))).  The three parts are submodules of these
 names, so the part that a weight belongs to is the first word of its name.
@@ -216,6 +216,16 @@ def per_architecture_average(weights: Mapping[str, State], uploads: Mapping[int,
         own = {k: sent for k, sent in uploads.items() if sent.keys() == state.keys()}
         new[arch] = average(state, own, counts, uniform=uniform)
     return new
+
+
+@torch.no_grad()
+def interpolate(start: State, end: State, weight: float) -> State:
+    """(1 - weight) start + weight end, for each weight by name; integers are truncated.
+
+    At 0 and 1, and where both agree, it is exact.
+    """
+    return {name: torch.lerp(tensor.double(), end[name].double(), weight).to(tensor.dtype)
+            for name, tensor in start.items()}
 
 
 # --------------------------------------------------------------------------------------- prediction

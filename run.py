@@ -1,11 +1,12 @@
 """Train one federated method on one data set and write what came of it.
 
     python run.py                                             FedIN on handwritten digits, a minute
-    python run.py --method fedavg --dataset cifar10 --setting quick --train-images 5000
+    python run.py --method apfl --missing-classes 0.2         AP-FL, one client gone with two digits
     python run.py --resume --out runs/fedin-digits-0          go on where a run was stopped
 
 Reads from top to bottom: the methods and their settings, the command line, the set-up of a run,
-one round, evaluation, the files of a run, and at the end main().
+one round, the stages after the last round, evaluation, the files of a run, pictures, the terminal,
+and at the end main().
 """
 
 import argparse
@@ -18,28 +19,36 @@ import platform
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import numpy as np
 import torch
 import torchvision
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+import apfl
 import baselines
 import data
 import fedin
+import generator
 import models
-from baselines import Client
+from baselines import Client, Result
+from models import State
 
 # ----------------------------------------------------------------------------- methods and settings
 
 
 class Method(NamedTuple):
-    """The functions of a method, as the docstring of baselines.py describes them."""
+    """The functions of a method, as the docstring of baselines.py describes them.
+
+    Those of the stages after the last round, in their order, stand last.
+    """
 
     init: Callable
     download: Callable
@@ -47,6 +56,10 @@ class Method(NamedTuple):
     server_update: Callable
     deploy: Callable
     initial_memory: Callable | None = None  # None: nothing stays on a device between rounds
+    trains_late: Callable | None = None  # whether a client trains on the final global model
+    memorise: Callable | None = None  # the server trains a generator
+    befriend: Callable | None = None  # every client trains on what the generator makes
+    personalise: Callable | None = None  # and combines the outcome with a model of its own
 
 
 FEDAVG = Method(baselines.fedavg_init, baselines.fedavg_download, baselines.fedavg_client_update,
@@ -56,18 +69,29 @@ METHODS = {
                     baselines.local_server_update, baselines.local_deploy,
                     baselines.local_initial_memory),
     "fedavg": FEDAVG,
+    "fedavg-ft": FEDAVG._replace(trains_late=baselines.fedavg_ft_trains_late),
     "fedprox": FEDAVG._replace(client_update=baselines.fedprox_client_update),
     "fedin": FEDAVG._replace(init=fedin.fedin_init, download=fedin.fedin_download,
                              client_update=fedin.fedin_client_update,
                              server_update=fedin.fedin_server_update),
+    "apfl": FEDAVG._replace(init=apfl.apfl_init, client_update=apfl.apfl_client_update,
+                            server_update=apfl.apfl_server_update,
+                            trains_late=apfl.apfl_trains_late, memorise=apfl.apfl_memorise,
+                            befriend=apfl.apfl_friend_update, personalise=apfl.personalise),
 }
 METHOD_DEFAULTS = {  # the flags that a method reads beside the common ones
     "local": {},
     "fedavg": {"aggregation": "layerwise"},
+    "fedavg-ft": {"aggregation": "layerwise"},
     "fedprox": {"aggregation": "layerwise", "mu": baselines.FEDPROX_MU},
     "fedin": {"aggregation": "layerwise", "mu": fedin.MU, "noise": 0.0, "projection": "simplified",
               "feature_batch_size": fedin.FEATURE_BATCH_SIZE,
               "feature_batches": fedin.FEATURE_BATCHES, "ablate": []},
+    "apfl": {"aggregation": "layerwise", "beta": None, "beta_on": "client",
+             "lambda": generator.BALANCE, "semantics": "clip", "friend_labels": "local",
+             "synthetic_per_class": apfl.SYNTHETIC_PER_CLASS, "noise_dim": generator.NOISE_DIM,
+             "generator_steps": apfl.GENERATOR_STEPS, "generator_batch": apfl.GENERATOR_BATCH,
+             "friend_epochs": apfl.FRIEND_EPOCHS},
 }
 AGGREGATIONS = {"layerwise": models.layerwise_average,
                 "per-architecture": models.per_architecture_average}
@@ -88,10 +112,15 @@ SETTINGS = {
               "batch_size": 16, "optimizer": "adam", "lr": 1e-3, "partition": "dirichlet",
               "alpha": 0.5, "model": "resnets", "eval_every": 1},
 }
-APFL_METHODS = ("local",)  # methods of AP-FL's tables alone
+APFL_METHODS = ("local", "fedavg-ft", "apfl")  # methods of AP-FL's tables alone
 QUICK_APFL = {"participation": 1.0, "local_epochs": 5, "batch_size": 50, "model": "cnn"}
-MAY_CHANGE = ("rounds", "workers", "device", "data_dir")  # on --resume
+QUICK_GENERATOR = {"generator_steps": 150, "generator_batch": 10, "synthetic_per_class": 100,
+                   "friend_epochs": 5}  # of apfl, in the quick setting
 SPEED_SPREAD = 4.0  # the fastest client over the slowest, in virtual time
+ASYNC = {"mixing": apfl.MIXING, "staleness": "polynomial", "speed_spread": SPEED_SPREAD}
+ASYNC_METHODS = ("fedavg", "fedavg-ft", "fedprox", "apfl")
+BETA_TEST_IMAGES = 2000  # test images that the curve over beta is drawn from
+MAY_CHANGE = ("rounds", "workers", "device", "data_dir")  # on --resume
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -156,9 +185,19 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--lr", type=positive, metavar="X", help="learning rate: 0.001 | 0.0002")
     group.add_argument("--model", choices=models.MODELS,
                        help="resnets = ResNet10/14/18/22/26, evenly by client id: resnets | cnn")
-    group.add_argument("--aggregation", choices=AGGREGATIONS,
+    group.add_argument("--aggregation", choices=(*AGGREGATIONS, "async"),
                        help="average layers of the same name across architectures (FedIN "
-                       "Sec. 4.4), or within each architecture alone (Table 3); default layerwise")
+                       "Sec. 4.4), or within each architecture alone (Table 3), or mix each update "
+                       "in as it arrives (AP-FL Sec. 3.2); default layerwise")
+    group.add_argument("--mixing", type=number(float, 0, 1), metavar="X",
+                       help="of --aggregation async: share of an update that is not stale; "
+                       f"default {apfl.MIXING} (not stated)")
+    group.add_argument("--staleness", choices=("constant", "polynomial", "hinge"),
+                       help="of --aggregation async: how that share falls with every update that "
+                       "came in between; default polynomial (not stated)")
+    group.add_argument("--speed-spread", type=number(float, 1), metavar="X",
+                       help="of --aggregation async: the fastest client over the slowest; "
+                       f"default {SPEED_SPREAD:g} (not stated)")
     group.add_argument("--eval-every", type=count, metavar="N",
                        help="rounds between evaluations: 5 | 1; the last round always has one")
 
@@ -172,6 +211,10 @@ def parser() -> argparse.ArgumentParser:
                        help="of --partition dirichlet; smaller is more skewed: 0.5 | 0.01 to 0.1")
     group.add_argument("--classes-per-client", type=count, metavar="N",
                        help="gamma of --partition pathological; default 2")
+    group.add_argument("--missing-classes", type=number(float, 0, 1, open_low=True), metavar="X",
+                       help="dropout setting of AP-FL (Sec. 4.1, Table 1): two classes a client, "
+                       "and this share of the classes only with clients that never take part: "
+                       "- | 0.1, 0.2")
     group.add_argument("--augment", action="store_true",
                        help="random crop, flip and Cutout; on digits, svhn, emnist Cutout alone")
     group.add_argument("--data-dir", metavar="DIR", help="where downloads are kept; default data")
@@ -209,50 +252,116 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--feature-batches", type=count, metavar="N",
                        help="batches of features that a client sends and receives, Fig. 6d; "
                        f"default {fedin.FEATURE_BATCHES}")
+    group = top.add_argument_group("apfl")
+    group.add_argument("--beta", type=number(float, 0, 1), metavar="X",
+                       help="of the interpolation, Eq. 10 and 12: weight of the client's model; "
+                       f"default {apfl.BETA_COLOUR} for colour images, else {apfl.BETA_GRAY}")
+    group.add_argument("--beta-on", choices=("client", "friend"),
+                       help="whose weight beta is: as Eq. 10 is printed, or as the sentence below "
+                       "it says; default client")
+    group.add_argument("--lambda", type=number(float, 0, 1), metavar="X",
+                       help="weight of L_cls against L_diversity, Eq. 9; default "
+                       f"{generator.BALANCE}")
+    group.add_argument("--semantics", metavar="NAME|FILE.npz",
+                       help=f"A(y), Eq. 11: {', '.join(generator.SEMANTICS)}, or an .npz with "
+                       "classes and embeddings; default segments (of a digit display) for digits "
+                       "and svhn, else clip")
+    group.add_argument("--word-vectors", metavar="FILE",
+                       help="of --semantics word2vec: a text file, a word and its numbers a line")
+    group.add_argument("--friend-labels", choices=("local", "all"),
+                       help="labels of a friend model's synthetic samples: the client's own "
+                       "distribution (Sec. 3.2), or every class alike; default local")
+    group.add_argument("--synthetic-per-class", type=count, metavar="N",
+                       help="synthetic samples of a friend model, a class on average, Fig. 5; "
+                       f"default {apfl.SYNTHETIC_PER_CLASS}")
+    group.add_argument("--noise-dim", type=count, metavar="N",
+                       help=f"length of z, Fig. 5; default {generator.NOISE_DIM}")
+    group.add_argument("--generator-steps", type=count, metavar="N",
+                       help="steps of generator training (not stated); default "
+                       f"{apfl.GENERATOR_STEPS}")
+    group.add_argument("--generator-batch", type=size, metavar="N",
+                       help="n_s, samples of each class in such a step: 600; default "
+                       f"{apfl.GENERATOR_BATCH}")
+    group.add_argument("--friend-epochs", type=count, metavar="N",
+                       help=f"epochs of a friend model; default {apfl.FRIEND_EPOCHS}")
     return top
 
 
 def resolve(typed: dict) -> dict:
     """Every option of a run: those of its setting, then of its method, then what was typed.
 
-    Raises ValueError if something was typed that the run would not read.
+    beta stays None where it depends on the images; prepare_experiment fills it in.
+    Raises ValueError if something was typed that the run would not read, or if it cannot run.
     """
     method, dataset = typed.get("method", "fedin"), typed.get("dataset", "digits")
     paper = "apfl" if method in APFL_METHODS else "fedin"
     setting = typed.get("setting", "quick" if dataset == "digits" else paper)
     settings = {"method": method, "dataset": dataset, "setting": setting, "seed": 0,
-                "train_images": None, "augment": False, "checkpoint_every": 1,
-                **SETTINGS[setting], **METHOD_DEFAULTS[method]}
+                "train_images": None, "missing_classes": None, "augment": False,
+                "checkpoint_every": 1, **SETTINGS[setting], **METHOD_DEFAULTS[method]}
     if setting == "quick" and method in APFL_METHODS:
         settings |= QUICK_APFL
+    if setting == "quick" and method == "apfl":
+        settings |= QUICK_GENERATOR
     if setting == "apfl" and method == "fedprox":
         settings["mu"] = baselines.FEDPROX_MU_APFL
     if dataset in data.DATASETS and dataset != "digits":
         settings["data_dir"] = "data"
+    if method == "apfl":
+        if dataset in ("digits", "svhn"):
+            settings["semantics"] = "segments"
+        settings["semantics"] = typed.get("semantics", settings["semantics"])
+        if settings["semantics"] in ("clip", "bert"):
+            settings["data_dir"] = "data"
+        if settings["semantics"] == "word2vec":
+            settings["word_vectors"] = None
+
+    fixed = {}  # what a flag decides for others, and that flag
     settings["partition"] = typed.get("partition", settings["partition"])
+    if "missing_classes" in typed:
+        settings |= {"partition": "pathological", "alpha": None}
+        fixed |= dict.fromkeys(("partition", "alpha", "classes_per_client"), "--missing-classes")
     if settings["partition"] != "dirichlet":
         del settings["alpha"]
     if settings["partition"] == "pathological":
         settings["classes_per_client"] = 2
-    fixed = {}
+    if typed.get("aggregation") == "async":
+        settings |= ASYNC
+        del settings["participation"]
+        fixed["participation"] = "--aggregation async"
     for part in typed.get("ablate", ()):
-        fixed |= ABLATIONS[part]
-    settings |= fixed | {"device": default_device(), "workers": None, "threads": 1}
+        settings |= ABLATIONS[part]
+        fixed |= dict.fromkeys(ABLATIONS[part], f"--ablate {' '.join(typed['ablate'])}")
+    settings |= {"device": default_device(), "workers": None, "threads": 1}
 
-    reasons = {"alpha": f"with --partition {settings['partition']}",
-               "classes_per_client": f"with --partition {settings['partition']}",
-               "data_dir": f"with --dataset {dataset}",
-               **{name: f"with --ablate {' '.join(typed['ablate'])}" for name in fixed}}
+    partition = f"--partition {settings['partition']}"
+    causes = {"alpha": partition, "classes_per_client": partition,
+              "data_dir": f"--dataset {dataset}", "word_vectors": "this --semantics",
+              **dict.fromkeys(ASYNC, "this --aggregation"), **fixed}
     for name in typed:
         if name in fixed or name not in settings:
-            reason = reasons.get(name, f"by --method {method}")
+            reason = f"with {causes[name]}" if name in causes else f"by --method {method}"
             raise ValueError(f"--{name.replace('_', '-')} is not read {reason}: leave it out")
     settings |= typed
+    check_combination(settings)
     settings["device"] = str(find_device(settings["device"]))
     if settings["workers"] is None:
         on_cpu = settings["device"] == "cpu"
         settings["workers"] = min(num_cores(), num_participants(settings)) if on_cpu else 1
     return settings
+
+
+def check_combination(settings: dict) -> None:
+    """Raise ValueError if method, model and aggregation do not go together."""
+    method, model = settings["method"], settings["model"]
+    if settings.get("aggregation") == "async" and method not in ASYNC_METHODS:
+        raise ValueError(f"--aggregation async works with {', '.join(ASYNC_METHODS)}, not with "
+                         f"--method {method}")
+    for needs, name in ((method == "apfl", "--method apfl"),
+                        (settings.get("aggregation") == "async", "--aggregation async")):
+        if needs and len(models.MODELS[model]) > 1:
+            raise ValueError(f"{name} needs one architecture, not --model {model}: give --model "
+                             "cnn, or one ResNet")
 
 
 def default_device() -> str:
@@ -277,8 +386,8 @@ def num_cores() -> int:
 
 
 def num_participants(settings: dict) -> int:
-    """Clients drawn a round."""
-    return max(1, round(settings["participation"] * settings["clients"]))
+    """Clients drawn a round; in asynchronous runs arrivals a round, which are all of them."""
+    return max(1, round(settings.get("participation", 1.0) * settings["clients"]))
 
 
 # ---------------------------------------------------------------------------------- set-up of a run
@@ -291,10 +400,18 @@ class Experiment(NamedTuple):
     method: Method
     data: data.Dataset  # on the device
     clients: list[Client]
+    dropouts: list[int]  # ids of the clients that dropped out before the first round
+    unseen: list[int]  # classes that they alone hold
     test_shares: list[torch.Tensor]  # client -> indices of its test images
     statistics: tuple[torch.Tensor, torch.Tensor]  # mean and deviation of the training images
     speeds: list[float]  # images a client trains on in a unit of virtual time
     free: dict[str, list]  # architecture -> networks and optimisers that wait for a client
+    semantics: torch.Tensor | None = None  # A(y), where the method has a generator
+
+    @property
+    def available(self) -> list[int]:
+        """The clients that take part in rounds."""
+        return [client.id for client in self.clients if client.id not in self.dropouts]
 
     def stream(self, t: int, client: int) -> Callable[[int], torch.Generator]:
         """The random streams of one client in one round, by purpose."""
@@ -319,8 +436,11 @@ def prepare_experiment(settings: dict) -> Experiment:
     if len(loaded.y_train) < 2 * num_clients:
         raise ValueError(f"{len(loaded.y_train)} training images cannot give each of {num_clients} "
                          "clients the two that it needs: use fewer --clients or more images")
-    rng = data.numpy_stream(seed, data.PARTITION)
-    if settings["partition"] == "iid":
+    rng, dropouts = data.numpy_stream(seed, data.PARTITION), []
+    if settings["missing_classes"] is not None:
+        parts, dropouts = data.partition_dropout(loaded.y_train, num_clients,
+                                                 settings["missing_classes"], rng)
+    elif settings["partition"] == "iid":
         parts = data.partition_iid(loaded.y_train, num_clients, rng)
     elif settings["partition"] == "dirichlet":
         parts = data.partition_dirichlet(loaded.y_train, num_clients, settings["alpha"], rng)
@@ -334,23 +454,42 @@ def prepare_experiment(settings: dict) -> Experiment:
     shares = data.share_test(loaded.y_test, loaded.y_train, parts,
                              data.numpy_stream(seed, data.TEST_SHARES))
 
+    taking_part = torch.cat([part for k, part in enumerate(parts) if k not in dropouts])
+    seen = loaded.y_train[taking_part].unique().tolist()
+    unseen = [label for label in range(len(loaded.classes)) if label not in seen] if dropouts else []
+    if settings.get("beta", 0.0) is None:
+        settings["beta"] = apfl.BETA_COLOUR if loaded.x_train.shape[1] == 3 else apfl.BETA_GRAY
+    semantics = read_semantics(settings, loaded.classes) if "semantics" in settings else None
+
     device = torch.device(settings["device"])
     on_device = loaded._replace(**{name: getattr(loaded, name).to(device)
                                    for name in ("x_train", "y_train", "x_test", "y_test")})
-    mean, deviation = data.channel_statistics(loaded.x_train, torch.cat(parts))
+    mean, deviation = data.channel_statistics(loaded.x_train, taking_part)
     archs = models.MODELS[settings["model"]]
     clients = [Client(k, part.to(device), models.architecture_of(k, num_clients, archs))
                for k, part in enumerate(parts)]
-    speeds = SPEED_SPREAD ** data.numpy_stream(seed, data.SPEEDS).uniform(size=num_clients)
+    spread = settings.get("speed_spread", SPEED_SPREAD)
+    speeds = spread ** data.numpy_stream(seed, data.SPEEDS).uniform(size=num_clients)
     return Experiment(settings, bind(METHODS[settings["method"]], settings), on_device, clients,
-                      [share.to(device) for share in shares],
+                      dropouts, unseen, [share.to(device) for share in shares],
                       (mean.to(device), deviation.to(device)), speeds.tolist(),
-                      {arch: [] for arch in archs})
+                      {arch: [] for arch in archs}, semantics)
+
+
+def read_semantics(settings: dict, classes: list[str]) -> torch.Tensor:
+    """The embeddings A(y) of the classes; what a text encoder gives is kept beside the data."""
+    cache = None
+    if "data_dir" in settings:
+        name = f"{settings['semantics']}-{Path(settings['dataset']).stem}.npz"
+        cache = Path(settings["data_dir"]) / name
+    return generator.load_semantics(settings["semantics"], classes, cache=cache,
+                                    word_vectors=settings.get("word_vectors"))
 
 
 def bind(method: Method, settings: dict) -> Method:
     """The method with every keyword argument of its functions that is also a setting filled in."""
-    values = settings | {"aggregation": AGGREGATIONS.get(settings.get("aggregation"))}
+    values = settings | {"aggregation": AGGREGATIONS.get(settings.get("aggregation")),
+                         "balance": settings.get("lambda")}
 
     def fill(function):
         if function is None:
@@ -387,17 +526,19 @@ def scratch(experiment: Experiment, arch: str) -> tuple[torch.nn.Module, torch.o
 # ---------------------------------------------------------------------------------------- one round
 
 
-def draw_participants(settings: dict, t: int) -> list[int]:
+def draw_participants(settings: dict, t: int, dropouts: Iterable[int] = ()) -> list[int]:
     """The clients of round t, ascending; the same for every method."""
     rng = data.numpy_stream(settings["seed"], data.PARTICIPANTS, t)
-    chosen = rng.choice(settings["clients"], num_participants(settings), replace=False)
-    return sorted(chosen.tolist())
+    available = [k for k in range(settings["clients"]) if k not in dropouts]
+    count = min(num_participants(settings), len(available))
+    return sorted(rng.choice(available, count, replace=False).tolist())
 
 
-def train_client(experiment: Experiment, t: int, k: int, received: object,
-                 *kept: object) -> baselines.Result:
-    """Run the method's client update; called in a worker thread.
+def train_client(experiment: Experiment, update: Callable, t: int, k: int, received: object,
+                 *kept: object) -> Result:
+    """Run update, what a method does on client k; called in a worker thread.
 
+    t: the round, or another number that the random streams of this piece of work go by
     kept: what stays on the device, for a method that has such a thing
     Raises FloatingPointError if the loss or a weight is no longer finite.
     """
@@ -412,13 +553,13 @@ def train_client(experiment: Experiment, t: int, k: int, received: object,
                           rng=stream(data.AUGMENTATION))
     own = data.ClientData(experiment.data.x_train, experiment.data.y_train, client.indices, prepare)
     model, optimizer = scratch(experiment, client.arch)
-    result = experiment.method.client_update(model, optimizer, received, own, stream, *kept)
+    result = update(model, optimizer, received, own, stream, *kept)
     optimizer.zero_grad()  # frees the gradients while the network waits for its next client
     experiment.free[client.arch].append((model, optimizer))
     finite = [tensor.isfinite().all() for tensor in models.tensors_in((result.update, result.kept))]
     if not (math.isfinite(result.loss) and torch.stack(finite).all()):
-        raise FloatingPointError(f"round {t}, client {k}: the loss or a weight is not finite any "
-                                 "more; a smaller --lr may help")
+        raise FloatingPointError(f"client {k}: the loss or a weight is not finite any more; a "
+                                 "smaller --lr may help")
     return result
 
 
@@ -430,7 +571,9 @@ def train_round(experiment: Experiment, pool: ThreadPoolExecutor, t: int, server
     Returns the new server state, the new memory and the round's figures for the log.
     """
     method, clients = experiment.method, experiment.clients
-    chosen = draw_participants(experiment.settings, t)
+    # Who trains alone has no server to drop out from.
+    dropouts = () if experiment.settings["method"] == "local" else experiment.dropouts
+    chosen = draw_participants(experiment.settings, t, dropouts)
     received = {k: method.download(server, clients[k], experiment.stream(t, k)) for k in chosen}
     kept = {k: [] for k in chosen}
     if method.initial_memory is not None:
@@ -441,49 +584,288 @@ def train_round(experiment: Experiment, pool: ThreadPoolExecutor, t: int, server
         return len(clients[k].indices) * models.num_bytes(server["weights"][clients[k].arch])
 
     # The largest first, so that no worker ends up alone with one.
-    futures = {k: pool.submit(train_client, experiment, t, k, received[k], *kept[k])
+    futures = {k: pool.submit(train_client, experiment, method.client_update, t, k, received[k],
+                              *kept[k])
                for k in sorted(chosen, key=cost, reverse=True)}
     results = {k: futures[k].result() for k in chosen}
     server = method.server_update(server, {k: result.update for k, result in results.items()})
     if method.initial_memory is not None:
         memory = memory | {k: result.kept for k, result in results.items()}
-    samples = sum(result.samples for result in results.values())
-    figures = {"loss": sum(result.loss for result in results.values()) / max(1, samples),
-               "upload_mb": models.num_bytes([result.update for result in results.values()]) / 1e6,
-               "download_mb": models.num_bytes(received) / 1e6,
-               "samples": samples,
-               "clock": max(result.samples / experiment.speeds[k] for k, result in results.items())}
-    return server, memory, figures
+    clock = max(result.samples / experiment.speeds[k] for k, result in results.items())
+    return server, memory, {**round_figures(results.values(), received), "clock": clock}
+
+
+def train_arrivals(experiment: Experiment, pool: ThreadPoolExecutor, t: int, server: dict,
+                   memory: dict) -> tuple[dict, dict, dict]:
+    """One asynchronous round: as many arrivals as clients that take part (AP-FL, Sec. 3.2).
+
+    Every client always works on the model that it received when its last update arrived.
+    server["flights"] holds that work: client -> the weights received, the server's version at that
+    time, the how many-th work of the client it is, the virtual time at which it arrives.
+    Takes and returns what train_round does.  Since work takes a time that is known, the order of
+    arrivals is known before, and what arrives in this round is trained in parallel.
+    """
+    settings, method, clients = experiment.settings, experiment.method, experiment.clients
+    durations = {k: settings["local_epochs"] / experiment.speeds[k] * data.samples_per_epoch(
+        len(clients[k].indices), settings["batch_size"]) for k in experiment.available}
+
+    def depart(k: int, work: int, time: float) -> dict:
+        return {"received": method.download(server, clients[k], experiment.stream(work, k)),
+                "version": version, "work": work, "arrival": time + durations[k]}
+
+    def submit(k: int):
+        return pool.submit(train_client, experiment, method.client_update, flights[k]["work"], k,
+                           flights[k]["received"])
+
+    version = server.get("version", 0)
+    flights = dict(server.get("flights") or {k: depart(k, 1, 0.0) for k in durations})
+    events = apfl.next_arrivals({k: flight["arrival"] for k, flight in flights.items()}, durations,
+                                len(durations))
+    due = Counter(k for _, k in events)
+    futures = {k: submit(k) for k in due}
+    results, received, staleness = [], [], []
+    for time, k in events:
+        result, flight = futures.pop(k).result(), flights[k]
+        staleness.append(version - flight["version"])
+        share = settings["mixing"] * apfl.staleness_weight(staleness[-1], settings["staleness"])
+        server = method.server_update(
+            server, {k: result.update},
+            aggregation=lambda weights, uploads, counts, uniform: apfl.mix(weights, uploads, share))
+        version += 1
+        flights[k] = depart(k, flight["work"] + 1, time)
+        due[k] -= 1
+        if due[k]:
+            futures[k] = submit(k)
+        results.append(result)
+        received.append(flight["received"])
+    figures = {**round_figures(results, received), "clock": time - server.get("time", 0.0),
+               "staleness_mean": sum(staleness) / len(staleness)}
+    return {**server, "version": version, "flights": flights, "time": time}, memory, figures
+
+
+def round_figures(results: Iterable[Result], received: object) -> dict:
+    """What the log says of the client updates of a round, and of what they received."""
+    results = list(results)
+    samples = sum(result.samples for result in results)
+    return {"loss": sum(result.loss for result in results) / max(1, samples),
+            "upload_mb": models.num_bytes([result.update for result in results]) / 1e6,
+            "download_mb": models.num_bytes(received) / 1e6,
+            "samples": samples}
+
+
+# ---------------------------------------------------------------------- stages after the last round
+
+
+class Progress(NamedTuple):
+    """Everything that the next round or stage needs."""
+
+    round: int  # the last one that is finished
+    server: dict
+    memory: dict  # client id -> what stays on its device, for those that have taken part
+    totals: dict  # sums over all rounds so far
+    line: dict  # of metrics.jsonl, the last one
+    after: dict  # stage after the last round -> what came of it, for those that are finished
+
+
+def finish(experiment: Experiment, pool: ThreadPoolExecutor, progress: Progress,
+           save: Callable[[Progress], None]) -> Progress:
+    """The stages of the method after the last round, those that are finished apart.
+
+    late: client -> weights, of clients that train on the final global model
+    generator: its weights with the semantics
+    friends: client -> weights of its friend model
+    save: called after each stage
+    """
+    method, clients, server = experiment.method, experiment.clients, progress.server
+
+    def run_late() -> dict[int, State]:
+        late = [client.id for client in clients if method.trains_late(server, client)]
+        received = {k: method.download(server, clients[k], experiment.stream(0, k)) for k in late}
+        return {k: result.update.weights for k, result in train_all(
+            experiment, pool, "late training", method.client_update, received).items()}
+
+    def run_generator() -> State:
+        return train_generator(experiment, server)
+
+    def run_friends() -> dict[int, State]:
+        net = generator.load_generator(progress.after["generator"])
+        received = {client.id: (server["weights"][client.arch], net) for client in clients}
+        return {k: result.kept for k, result in train_all(
+            experiment, pool, "friend models", method.befriend, received).items()}
+
+    for name, function, stage in (("late", method.trains_late, run_late),
+                                  ("generator", method.memorise, run_generator),
+                                  ("friends", method.befriend, run_friends)):
+        if function is None or name in progress.after:
+            continue
+        start = time.perf_counter()
+        outcome = stage()
+        seconds = time.perf_counter() - start
+        totals = progress.totals | {f"{name}_seconds": round(seconds, 3),
+                                    "seconds": progress.totals["seconds"] + seconds}
+        progress = progress._replace(after=progress.after | {name: outcome}, totals=totals)
+        save(progress)
+    return progress
+
+
+def train_all(experiment: Experiment, pool: ThreadPoolExecutor, what: str, update: Callable,
+              received: dict[int, object]) -> dict[int, Result]:
+    """Run update once on each client that receives something, with a progress bar.
+
+    The random streams go by the number 0, which no round has.
+    """
+    futures = {k: pool.submit(train_client, experiment, update, 0, k, received[k])
+               for k in received}
+    try:
+        return {k: futures[k].result() for k in tqdm(futures, what, unit=" client",
+                                                     file=sys.stdout)}
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{what}, {error}") from error
+
+
+def train_generator(experiment: Experiment, server: dict) -> State:
+    """The server's stage of AP-FL: the weights of a generator trained under the clients' models."""
+    settings, images = experiment.settings, experiment.data.x_train
+    seed, arch = settings["seed"], experiment.clients[0].arch
+    net = generator.initial_generator(
+        experiment.semantics, images.shape[1], settings["noise_dim"],
+        data.torch_stream(seed, data.GENERATOR_WEIGHTS)).to(images.device)
+
+    def teacher(weights: State) -> torch.nn.Module:
+        model = empty_network(experiment, arch).to(memory_format=torch.channels_last)
+        model.load_state_dict(weights)
+        return model
+
+    steps = experiment.method.memorise(server, net, teacher,
+                                       data.torch_stream(seed, data.GENERATOR_NOISE))
+    bar = tqdm(steps, "generator", settings["generator_steps"], unit=" step", file=sys.stdout)
+    for l_cls, l_diversity in bar:
+        if not math.isfinite(l_cls + l_diversity):
+            raise FloatingPointError("generator: its loss is not finite any more")
+        bar.set_postfix_str(f"L_cls {l_cls:.3f}, L_diversity {l_diversity:.1f}")
+    return models.copy_state(net)
+
+
+def final_models(experiment: Experiment, progress: Progress) -> dict[str, dict[int, State]]:
+    """After the stages, by client: its own model and, of AP-FL, its friend and personalised one.
+
+    The last of them is the one that it uses.  Its own is its last upload, or what it trained late.
+    """
+    after, method = progress.after, experiment.method
+    own = {k: teacher["weights"] for k, teacher in progress.server.get("teachers", {}).items()}
+    kinds = {"client": dict(sorted((own | after["late"]).items()))}
+    if method.personalise is not None:
+        friends = after["friends"]
+        kinds |= {"friend": friends,
+                  "personalised": {k: method.personalise(weights, friends[k])
+                                   for k, weights in kinds["client"].items()}}
+    return kinds
+
+
+def stage_download(progress: Progress) -> float:
+    """Megabytes that the stages send: global weights to late clients; those and the generator to all.
+
+    (All clients have one architecture in the methods that have a generator.)
+    """
+    (first, *_), after = progress.server["weights"].values(), progress.after
+    size = models.num_bytes(first)
+    total = size * len(after.get("late", ()))
+    if "friends" in after:
+        total += (size + models.num_bytes(after["generator"])) * len(after["friends"])
+    return total / 1e6
 
 
 # --------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
-    """Accuracies in percent of the models that the clients use.
+    """The accuracies of the models that the clients use in the rounds; see accuracies."""
+    right = correct(experiment, {
+        client.id: (client.arch, *experiment.method.deploy(server, client, memory.get(client.id)))
+        for client in experiment.clients})
+    return accuracies(experiment, right)
 
-    accuracy: on the whole test set, mean over clients; personal_accuracy: on each client's own
-    share of the test set, weighted by share.  Each distinct model predicts the test set once.
+
+def evaluate_finally(experiment: Experiment, progress: Progress) -> dict:
+    """What the stages after the last round change in the last line of metrics.jsonl.
+
+    accuracy is that of the models that clients use now, and global_accuracy that of the global
+    model.  AP-FL adds the accuracies of all kinds of models, those of dropout clients apart.
     """
-    test, shares = experiment.data, experiment.test_shares
+    line, prefixes = progress.line, {"": experiment.available}
+    if experiment.dropouts:
+        prefixes["dropout_"] = experiment.dropouts
+    entry = {"download_mb": line["download_mb"] + stage_download(progress)}
+    kinds = final_models(experiment, progress)
+    for kind, by_client in kinds.items():
+        right = correct(experiment, {client.id: (client.arch, client.id, by_client[client.id])
+                                     for client in experiment.clients})
+        entry |= accuracies(experiment, right)  # the last kind is the one in use
+        if len(kinds) > 1:
+            for prefix, ids in prefixes.items():
+                own = share_accuracies(experiment, {k: right[k] for k in ids})
+                entry |= {f"{prefix}{kind}_{name}": value for name, value in own.items()}
+    return {**line, **entry, "global_accuracy": line["accuracy"],
+            "global_personal_accuracy": line["personal_accuracy"]}
+
+
+def correct(experiment: Experiment,
+            in_use: dict[int, tuple[str, object, State]]) -> dict[int, torch.Tensor]:
+    """By client, which test images (N,) its model gets right.
+
+    in_use: client -> architecture, key and weights of its model; equal keys are equal models, and
+        each distinct one predicts the test set once
+    """
     mean, deviation = experiment.statistics
     prepare = partial(data.standardise, mean=mean, deviation=deviation)
-    in_use, users = {}, {}
-    for client in experiment.clients:
-        key, weights = experiment.method.deploy(server, client, memory.get(client.id))
-        in_use[key] = client.arch, weights
-        users.setdefault(key, []).append(client.id)
-    right_of_all = right_of_own = 0
-    for key, (arch, weights) in in_use.items():
-        # channels_last was measured to predict 1.2 to 1.7 x faster on a CPU.
-        model = empty_network(experiment, arch).to(memory_format=torch.channels_last)
-        model.load_state_dict(weights)
-        right = models.predict(model, test.x_test, prepare) == test.y_test
-        right_of_all += len(users[key]) * int(right.sum())
-        right_of_own += sum(int(right[shares[k]].sum()) for k in users[key])
-    shared = sum(len(share) for share in shares)
-    return {"accuracy": 100 * right_of_all / (len(experiment.clients) * len(test.y_test)),
-            "personal_accuracy": 100 * right_of_own / shared if shared else None}
+    by_key, right = {}, {}
+    for k, (arch, key, weights) in in_use.items():
+        if key not in by_key:
+            # channels_last was measured to predict 1.2 to 1.7 x faster on a CPU.
+            model = empty_network(experiment, arch).to(memory_format=torch.channels_last)
+            model.load_state_dict(weights)
+            predicted = models.predict(model, experiment.data.x_test, prepare)
+            by_key[key] = predicted == experiment.data.y_test
+        right[k] = by_key[key]
+    return right
+
+
+def share_accuracies(experiment: Experiment, right: dict[int, torch.Tensor]) -> dict:
+    """Accuracies in percent over some clients.
+
+    accuracy: on the whole test set, mean over clients; personal_accuracy: on each client's own
+    share of the test set, weighted by share (None if they have none)
+    """
+    shares = {k: experiment.test_shares[k] for k in right}
+    of_all = sum(int(vector.sum()) for vector in right.values())
+    of_own = sum(int(vector[shares[k]].sum()) for k, vector in right.items())
+    shared = sum(len(share) for share in shares.values())
+    return {"accuracy": 100 * of_all / (len(right) * len(experiment.data.y_test)),
+            "personal_accuracy": 100 * of_own / shared if shared else None}
+
+
+def accuracies(experiment: Experiment, right: dict[int, torch.Tensor]) -> dict:
+    """Accuracies in percent over all clients, and in the dropout setting of dropout clients.
+
+    Theirs are split as in generalised zero-shot learning: mean accuracy of a class over the classes
+    that the rounds have seen, over the unseen ones (predictions are among all classes), and the
+    harmonic mean of the two.
+    """
+    entry = share_accuracies(experiment, right)
+    if not experiment.unseen:
+        return entry
+    labels = experiment.data.y_test
+    gone = {client.id: right[client.id] for client in experiment.clients
+            if client.id in experiment.dropouts}
+    by_class = {label: 100 * float(torch.stack(list(gone.values()))[:, labels == label].double()
+                                   .mean()) for label in labels.unique().tolist()}
+    unseen = [value for label, value in by_class.items() if label in experiment.unseen]
+    seen = [value for label, value in by_class.items() if label not in experiment.unseen]
+    u, s = sum(unseen) / max(1, len(unseen)), sum(seen) / max(1, len(seen))
+    dropout = share_accuracies(experiment, gone)
+    return entry | {f"dropout_{name}": value for name, value in dropout.items()} | {
+        "seen_accuracy": s, "unseen_accuracy": u,
+        "harmonic_accuracy": 2 * s * u / (s + u) if s + u else 0.0}
 
 
 # ------------------------------------------------------------------------------- the files of a run
@@ -526,7 +908,11 @@ def read_config(out: Path, typed: dict) -> dict:
     """
     try:
         settings = json.loads((out / "config.json").read_text())
-        like = {name: settings[name] for name in ("method", "dataset", "partition")}
+        like = {name: settings[name] for name in ("method", "dataset", "model", "aggregation",
+                                                  "missing_classes", "semantics", "partition")
+                if settings.get(name) is not None}
+        if "missing_classes" in like:
+            del like["partition"]  # which it decides
         complete = resolve(like).keys() <= settings.keys() and isinstance(settings["rounds"], int)
     except FileNotFoundError as error:
         raise ValueError(f"there is no run in {out} to resume: check --out, or leave out --resume "
@@ -549,15 +935,6 @@ def read_config(out: Path, typed: dict) -> dict:
     settings |= typed
     find_device(settings["device"])
     return settings
-
-
-class Progress(NamedTuple):
-    """Everything that the next round needs."""
-
-    round: int  # the last one that is finished
-    server: dict
-    memory: dict  # client id -> what stays on its device, for those that have taken part
-    totals: dict  # sums over all rounds so far
 
 
 def save_checkpoint(out: Path, progress: Progress) -> None:
@@ -606,6 +983,17 @@ def trim_metrics(path: Path, last_round: int, settings: dict) -> list[dict]:
     return history
 
 
+def replace_last_line(path: Path, entry: dict) -> None:
+    """Put another line in the place of the last one of metrics.jsonl, atomically."""
+    before = path.read_bytes().splitlines(keepends=True)[:-1]
+    write_atomically(path, lambda file: file.writelines([*before, to_line(entry)]))
+
+
+def to_line(entry: dict) -> bytes:
+    """A line of metrics.jsonl."""
+    return (json.dumps(entry) + "\n").encode()
+
+
 def is_evaluated(t: int, settings: dict) -> bool:
     """Whether round t is one of those after which the models are evaluated."""
     return t % settings["eval_every"] == 0 or t == settings["rounds"]
@@ -613,8 +1001,8 @@ def is_evaluated(t: int, settings: dict) -> bool:
 
 def append_metrics(path: Path, entry: dict) -> None:
     """Add a line to metrics.jsonl, on the disk when this returns."""
-    with open(path, "a") as file:
-        file.write(json.dumps(entry) + "\n")
+    with open(path, "ab") as file:
+        file.write(to_line(entry))
         file.flush()
         os.fsync(file.fileno())
 
@@ -623,13 +1011,17 @@ def summarise(history: list[dict], totals: dict) -> dict:
     """What result.json holds: the last evaluation, the best, the mean of the last ten, totals."""
     last, best = history[-1], max(history, key=lambda entry: entry["accuracy"])
     recent = [entry["accuracy"] for entry in history[-10:]]
-    return {"rounds": last["round"], "accuracy": last["accuracy"],
-            "personal_accuracy": last["personal_accuracy"], "loss": last["loss"],
+    of_round = ("round", "upload_mb", "download_mb", "samples", "clock", "seconds")
+    return {"rounds": last["round"],
+            **{name: value for name, value in last.items() if name not in of_round},
             "best_accuracy": best["accuracy"], "best_round": best["round"],
             "last10_accuracy": sum(recent) / len(recent),
-            **{name: totals[name] for name in ("upload_mb", "download_mb", "samples", "clock")},
+            **{name: value for name, value in totals.items() if name != "training_seconds"},
             "seconds": round(totals["seconds"], 3),
             "images_per_second": round(totals["samples"] / totals["training_seconds"], 1)}
+
+
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def draw_curves(path: Path, history: list[dict], title: str) -> None:
@@ -649,8 +1041,84 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
         axes.legend()
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    if "staleness_mean" in history[-1]:
+        clock = [entry["clock"] for entry in history]
+        for axes in (left, right):
+            above = axes.secondary_xaxis("top", functions=(
+                lambda t: np.interp(t, [0, *rounds], [0, *clock]),
+                lambda time: np.interp(time, [0, *clock], [0, *rounds])))
+            above.set_xlabel("virtual clock")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def draw_samples(path: Path, experiment: Experiment, net: generator.SemanticGenerator) -> None:
+    """A sheet of synthetic images, ten a class, in columns of 26 classes; unseen ones are marked."""
+    names, unseen = experiment.data.classes, experiment.unseen
+    mean, deviation = experiment.statistics
+    labels = torch.arange(len(names), device=mean.device).repeat_interleave(10)
+    images = generator.sample(net, labels, data.torch_stream(
+        experiment.settings["seed"], data.GENERATOR_NOISE, round=1))
+    images = (images * deviation + mean).clamp(0, 255).byte().cpu()
+    size = images.shape[2]
+    rows = images.unflatten(0, (len(names), 10)).permute(0, 3, 1, 4, 2).reshape(
+        len(names), size, 10 * size, -1)
+    columns = list(range(0, len(names), 26))
+    figure = Figure(figsize=(5.5 * len(columns), 0.6 + 0.45 * min(26, len(names))),
+                    layout="constrained")
+    for axes, start in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
+        block = rows[start:start + 26]
+        axes.imshow(block.flatten(0, 1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
+        shown = range(start, start + len(block))
+        axes.set_xticks([])
+        axes.set_yticks([(place + 0.5) * size for place in range(len(block))], [
+            names[label] + (" (unseen)" if label in unseen else "") for label in shown])
+        for label, tick in zip(shown, axes.get_yticklabels()):
+            tick.set_color("C3" if label in unseen else "black")
+    figure.suptitle(f"synthetic samples, {experiment.settings['dataset']}")
+    figure.savefig(path, dpi=120)
+
+
+def draw_beta(path: Path, experiment: Experiment, progress: Progress, title: str) -> None:
+    """Accuracy of the interpolated models against beta of Eq. 10 as printed, 0 to 1."""
+    settings, kinds = experiment.settings, final_models(experiment, progress)
+    few = with_fewer_test_images(experiment, BETA_TEST_IMAGES)
+    betas = [step / 10 for step in range(11)]
+    groups = {"clients" if experiment.dropouts else "": experiment.available}
+    if experiment.dropouts:
+        groups["dropouts"] = experiment.dropouts
+    curves = {}
+    for beta in tqdm(betas, "beta curve", unit=" beta", file=sys.stdout):
+        right = correct(few, {k: (few.clients[k].arch, k, apfl.personalise(
+            own, kinds["friend"][k], beta=beta)) for k, own in kinds["client"].items()})
+        for group, ids in groups.items():
+            for name, value in share_accuracies(few, {k: right[k] for k in ids}).items():
+                curves.setdefault((group, name), []).append(value)
+    figure = Figure(figsize=(5.5, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for (group, name), values in curves.items():
+        axes.plot(betas, values, marker="o", markersize=3,
+                  linestyle="--" if group == "dropouts" else "-",
+                  color="C0" if name == "accuracy" else "C1",
+                  label=("whole test set" if name == "accuracy" else "own share of it")
+                  + (f", {group}" if group else ""))
+    used = settings["beta"] if settings["beta_on"] == "client" else 1 - settings["beta"]
+    axes.axvline(used, color="gray", linewidth=1, linestyle=":", label=f"this run, {used:g}")
+    axes.set(xlabel="beta, the weight of the client's model (0: friend model)",
+             ylabel="accuracy, %", title=title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def with_fewer_test_images(experiment: Experiment, count: int) -> Experiment:
+    """The same experiment with count evenly spaced test images, or all where there are no more."""
+    dataset = experiment.data
+    rows = torch.linspace(0, len(dataset.y_test) - 1, min(count, len(dataset.y_test))).long()
+    rows = rows.to(dataset.y_test.device)
+    shares = [torch.isin(rows, share).nonzero().flatten() for share in experiment.test_shares]
+    return experiment._replace(test_shares=shares, data=dataset._replace(
+        x_test=dataset.x_test[rows], y_test=dataset.y_test[rows]))
 
 
 # ----------------------------------------------------------------------------------------- terminal
@@ -663,19 +1131,25 @@ def describe(experiment: Experiment, server: dict, out: Path) -> None:
     print(f"{settings['method']} on {settings['dataset']}: {len(dataset.y_train):,} training and "
           f"{len(dataset.y_test):,} test images of {height}x{width}x{channels}, "
           f"{len(dataset.classes)} classes")
-    print(f"{settings['rounds']} rounds with {num_participants(settings)} of {settings['clients']} "
+    here = settings["clients"] if settings["method"] == "local" else len(experiment.available)
+    print(f"{settings['rounds']} rounds with {min(num_participants(settings), here)} of "
+          f"{settings['clients']} "
           f"clients, {settings['local_epochs']} local epochs, batch {settings['batch_size']}, "
           f"{settings['optimizer']} at {settings['lr']:g}, seed {settings['seed']}; "
           f"{settings['workers']} workers on {settings['device']}")
     skew = {"dirichlet": "alpha", "pathological": "classes_per_client"}.get(settings["partition"])
     print(f"partition: {settings['partition']}" + (f", {skew} {settings[skew]:g}" if skew else ""))
     print_partition(experiment)
+    if experiment.dropouts:
+        print(f"dropout clients: {', '.join(map(str, experiment.dropouts))}, which alone hold "
+              + ", ".join(dataset.classes[label] for label in experiment.unseen))
     for arch, state in server["weights"].items():
         size = sum(tensor.numel() for tensor in models.build_empty(
             arch, channels, len(dataset.classes), torch.device("meta")).parameters())
         print(f"{arch}: {size:,} parameters, {models.num_bytes(state) / 1e6:.2f} MB with buffers")
     print(f"traffic: about {expected_traffic(experiment, server):.0f} MB each way a round")
-    own = [f"{name} {settings[name]}" for name in METHOD_DEFAULTS[settings["method"]]]
+    own = [f"{name} {settings[name]}" for name in (*METHOD_DEFAULTS[settings["method"]], *ASYNC)
+           if name in settings]
     print(f"options of {settings['method']}: {', '.join(own) or 'none'}")
     if settings["setting"] != "quick" and settings["device"] == "cpu":
         print("on a CPU the papers' full settings take many hours; --setting quick is a small one")
@@ -695,7 +1169,7 @@ def expected_traffic(experiment: Experiment, server: dict) -> float:
         s_in = net.extractor(images)
         total += (models.num_bytes([s_in, net.intermediate(s_in)])
                   * settings["feature_batch_size"] * settings["feature_batches"])
-    return total * num_participants(settings) / 1e6
+    return total * min(num_participants(settings), len(experiment.available)) / 1e6
 
 
 def print_partition(experiment: Experiment) -> None:
@@ -715,45 +1189,97 @@ def print_partition(experiment: Experiment) -> None:
 
 def report(out: Path, result: dict) -> None:
     """Print the result and where it lies."""
+    for kind in ("client", "friend", "personalised"):
+        if f"{kind}_accuracy" in result:
+            print(f"{kind + ' models':20} {result[kind + '_accuracy']:.2f} % of the whole test set, "
+                  f"{show(result[kind + '_personal_accuracy'])} of their own share of it")
+    if "harmonic_accuracy" in result:
+        print(f"dropout clients: {result['seen_accuracy']:.2f} % of the seen classes, "
+              f"{result['unseen_accuracy']:.2f} % of the unseen ones, harmonic mean "
+              f"{result['harmonic_accuracy']:.2f} %")
     print(f"\naccuracy {result['accuracy']:.2f} % after {result['rounds']} rounds (best "
           f"{result['best_accuracy']:.2f} % in round {result['best_round']}, mean of the last ten "
           f"evaluations {result['last10_accuracy']:.2f} %)")
     print(f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} training images a second, "
           f"{result['upload_mb']:.1f} MB sent up and {result['download_mb']:.1f} MB down")
-    print(f"written to {out}: metrics.jsonl, result.json, curves.png, config.json, checkpoint.pt")
+    stages = [f"{name} {result[name + '_seconds']:.0f} s" for name in ("late", "generator", "friends")
+              if f"{name}_seconds" in result]
+    if stages:
+        print(f"stages after the last round: {', '.join(stages)}")
+    print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
+
+
+def show(accuracy: float | None) -> str:
+    """An accuracy in percent, which there may be none of."""
+    return "-" if accuracy is None else f"{accuracy:.2f} %"
 
 
 # --------------------------------------------------------------------------------------------- main
 
 
 def train(experiment: Experiment, progress: Progress, history: list[dict], out: Path) -> None:
-    """All rounds that are left to do, and the files that they leave in out.
+    """All rounds and stages that are left to do, and the files that they leave in out.
 
     history: the lines of metrics.jsonl so far
     """
-    settings = experiment.settings
-    start, server, memory, totals = progress
-    saved = start
-    before = time.perf_counter() - totals["seconds"]
+    settings, method = experiment.settings, experiment.method
     pool = ThreadPoolExecutor(settings["workers"], initializer=torch.set_num_threads,
                               initargs=(settings["threads"],))
+    title = f"{settings['method']} on {Path(settings['dataset']).stem}"
+
+    def save(progress: Progress) -> None:
+        save_checkpoint(out, progress)
+        if "generator" in progress.after and "friends" not in progress.after:
+            net = generator.load_generator(progress.after["generator"])
+            draw_samples(out / "samples.png", experiment, net)
+
+    try:
+        progress = train_rounds(experiment, pool, progress, history, out)
+        if method.trains_late is not None:
+            progress = finish(experiment, pool, progress, save)
+            history[-1] = evaluate_finally(experiment, progress)
+            replace_last_line(out / "metrics.jsonl", history[-1])
+            if method.personalise is not None:
+                draw_beta(out / "beta.png", experiment, progress, title)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    totals = progress.totals | {
+        "download_mb": progress.totals["download_mb"] + stage_download(progress)}
+    result = summarise(history, totals)
+    write_json(out / "result.json", result)
+    draw_curves(out / "curves.png", history, title)
+    report(out, result)
+
+
+def train_rounds(experiment: Experiment, pool: ThreadPoolExecutor, progress: Progress,
+                 history: list[dict], out: Path) -> Progress:
+    """All rounds that are left to do; appends to history what it appends to metrics.jsonl."""
+    settings, totals = experiment.settings, progress.totals
+    one_round = train_arrivals if settings.get("aggregation") == "async" else train_round
+    start = saved = progress.round
+    before = time.perf_counter() - totals["seconds"]
     # On standard output, so that standard error holds errors alone.
     bar = tqdm(total=settings["rounds"], initial=start, unit=" round", file=sys.stdout)
     try:
         for t in range(start + 1, settings["rounds"] + 1):
             round_start = time.perf_counter()
-            server, memory, figures = train_round(experiment, pool, t, server, memory)
+            try:
+                server, memory, figures = one_round(experiment, pool, t, progress.server,
+                                                    progress.memory)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"round {t}, {error}") from error
             seconds = time.perf_counter() - round_start
             totals = {name: value + figures.get(name, 0) for name, value in totals.items()}
             totals["training_seconds"] += seconds
+            line = progress.line
             if is_evaluated(t, settings):
-                entry = {"round": t, **evaluate(experiment, server, memory), **figures,
-                         "clock": totals["clock"], "seconds": round(seconds, 3)}
-                append_metrics(out / "metrics.jsonl", entry)
-                history.append(entry)
-                bar.set_postfix_str(f"accuracy {entry['accuracy']:.1f} %, loss {entry['loss']:.3f}")
+                line = {"round": t, **evaluate(experiment, server, memory), **figures,
+                        "clock": totals["clock"], "seconds": round(seconds, 3)}
+                append_metrics(out / "metrics.jsonl", line)
+                history.append(line)
+                bar.set_postfix_str(f"accuracy {line['accuracy']:.1f} %, loss {line['loss']:.3f}")
             totals["seconds"] = time.perf_counter() - before
-            progress = Progress(t, server, memory, totals)
+            progress = Progress(t, server, memory, totals, line, {})
             if t % settings["checkpoint_every"] == 0 or t == settings["rounds"]:
                 save_checkpoint(out, progress)
                 saved = t
@@ -767,13 +1293,8 @@ def train(experiment: Experiment, progress: Progress, history: list[dict], out: 
             save_checkpoint(out, progress)
         raise
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
         bar.close()
-    result = summarise(history, totals)
-    write_json(out / "result.json", result)
-    draw_curves(out / "curves.png", history,
-                f"{settings['method']} on {Path(settings['dataset']).stem}")
-    report(out, result)
+    return progress
 
 
 def duration(seconds: float) -> str:
@@ -811,9 +1332,14 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
         torch.device(settings["device"]))
     totals = {"upload_mb": 0.0, "download_mb": 0.0, "samples": 0, "clock": 0.0,
               "training_seconds": 0.0, "seconds": 0.0}
-    progress = saved or Progress(0, experiment.method.init(weights), {}, totals)
+    progress = saved or Progress(0, experiment.method.init(weights), {}, totals, {}, {})
     out.mkdir(parents=True, exist_ok=True)
     history = trim_metrics(out / "metrics.jsonl", progress.round, settings)
+    if progress.round < settings["rounds"]:
+        progress = progress._replace(after={})  # of stages after a round that is not the last now
+    if history and history[-1]["round"] == progress.line["round"] and history[-1] != progress.line:
+        history[-1] = progress.line  # which stages after the round have written over
+        replace_last_line(out / "metrics.jsonl", progress.line)
     write_json(out / "config.json", settings)
     describe(experiment, progress.server, out)
     if resume:

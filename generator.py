@@ -1,0 +1,380 @@
+"""AP-FL's semantic generator: the network, its losses, its training, and the semantics A(y).
+
+Wan et al., Asynchronous Personalized Federated Learning through Global Memorization (AP-FL),
+arxiv.org/abs/2503.00407.  Equation numbers below are this paper's.
+
+In reading order: the network (Eq. 11), the losses (Eq. 6-9), training without data, sampling, and
+where the semantic embeddings of the classes come from.
+
+symbol      name          shape
+z, y        z, y          (N, d_z) standard normal noise, (N,) labels
+A(y)        semantics[y]  (N, d_A) embeddings of the labels' class names
+x_hat       x             (N, C, 32, 32) synthetic samples, standardised like the training images
+alpha_k^y   weights       (teachers, classes)
+n_s         per_class     samples of each class in a training step
+lambda      balance       of Eq. 9
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NOISE_DIM = 20  # d_z, the best of those in the paper's Fig. 5
+BALANCE = 0.5  # lambda, AP-FL Sec. 4.1
+GENERATOR_LR = 1e-3  # of Adam, as in the work that the network is from (the paper gives none)
+SAMPLE_BATCH = 250  # synthetic images made at a time
+
+SEMANTICS = ("clip", "bert", "word2vec", "onehot", "segments")
+PROMPT = "a photo of a {}."  # what CLIP and BERT read; the paper does not state its own
+SEGMENTS = {  # which of the segments a..g of a seven-segment display a digit lights
+    "0": "abcdef", "1": "bc", "2": "abdeg", "3": "abcdg", "4": "bcfg", "5": "acdfg",
+    "6": "acdefg", "7": "abc", "8": "abcdefg", "9": "abcdfg"}
+
+
+# ------------------------------------------------------------------------------------ network
+
+
+class SemanticGenerator(nn.Module):
+    """x_hat = G(z, A(y); omega), Eq. 11: noise and the label's embedding to a 32x32 image.
+
+    The generator of Fang et al., Data-Free Adversarial Distillation, arxiv.org/abs/1912.11006,
+    which takes noise alone, with [z ; A(y)] for its input.  Its last batch normalisation gives each
+    channel zero mean and unit deviation, which is what standardised training images have.
+    semantics: (classes, d_A), kept as a buffer, so that the weights and A(y) travel together
+    last_norm: without it the image is what tanh gives, for data in -1..1
+    4,590,083 parameters for d_z = 20, d_A = 512 and three channels.
+    """
+
+    def __init__(self, semantics: Tensor, channels: int, noise_dim: int = NOISE_DIM, *,
+                 last_norm: bool = True):
+        super().__init__()
+        self.noise_dim = noise_dim
+        self.register_buffer("semantics", semantics)
+        self.network = nn.Sequential(
+            nn.Linear(noise_dim + semantics.shape[1], 128 * 8 * 8),
+            nn.Unflatten(1, (128, 8, 8)),
+            nn.BatchNorm2d(128),
+            nn.Upsample(scale_factor=2),  # 8 -> 16
+            nn.Conv2d(128, 128, 3, padding=1),
+            nn.BatchNorm2d(128),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Upsample(scale_factor=2),  # 16 -> 32
+            nn.Conv2d(128, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Conv2d(64, channels, 3, padding=1),
+            nn.Tanh(),
+            nn.BatchNorm2d(channels, affine=False) if last_norm else nn.Identity(),
+        )
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.network(torch.cat([z, self.semantics[y]], dim=1))
+
+
+def initial_generator(semantics: Tensor, channels: int, noise_dim: int,
+                      rng: torch.Generator) -> SemanticGenerator:
+    """A new generator whose weights are drawn from rng; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(rng.get_state())
+        return in_layout(SemanticGenerator(semantics, channels, noise_dim))
+
+
+def in_layout(generator: SemanticGenerator) -> SemanticGenerator:
+    """The same generator channels_last: on a CPU it trains 1.2 and samples 2.6 times as fast."""
+    return generator.to(memory_format=torch.channels_last)
+
+
+def load_generator(state: dict[str, Tensor]) -> SemanticGenerator:
+    """The generator, in evaluation mode, of a state dict; its sizes are read from its tensors."""
+    inputs = state["network.0.weight"].shape[1]
+    channels = state["network.11.weight"].shape[0]
+    semantics = state["semantics"]
+    generator = SemanticGenerator(semantics, channels, inputs - semantics.shape[1],
+                                  last_norm="network.13.running_mean" in state)
+    generator.load_state_dict(state)
+    return in_layout(generator.to(semantics.device)).eval()
+
+
+# ------------------------------------------------------------------------------------- losses
+
+
+def class_weights(counts: Tensor, *, of_all: bool = False) -> Tensor:
+    """alpha_k^y of Eq. 7: the share of the images of class y that client k holds.
+
+    counts: (K, C) training images by client and class
+    of_all: the share of all images instead, whatever their class, which is how the paper's sentence
+        can be read too; classes then count by their size
+    Returns (K, C); each column sums to 1, or to 0 if nobody holds the class.
+    """
+    counts = counts.double()
+    total = counts.sum() if of_all else counts.sum(dim=0)
+    return (counts / total.clamp(min=1)).float()
+
+
+def classification_loss(x: Tensor, y: Tensor, teachers: Sequence[Callable[[Tensor], Tensor]],
+                        weights: Tensor) -> Tensor:
+    """L_cls, Eq. 6 and 7: sum over teachers of alpha_k^y times its cross entropy, mean over samples.
+
+    x, y: (N, C, H, W) samples and (N,) labels;  weights: (teachers, classes), alpha
+    A teacher sees only samples that count for it, alpha > 0, which changes no sum.
+    """
+    total = x.new_zeros(())
+    for teacher, weight in zip(teachers, weights[:, y]):
+        rows = weight.nonzero().flatten()
+        if len(rows):
+            losses = F.cross_entropy(teacher(x[rows]), y[rows], reduction="none")
+            total = total + (weight[rows] * losses).sum()
+    return total / len(y)
+
+
+def diversity_loss(x: Tensor, *, per_pixel: bool = False) -> Tensor:
+    """L_diversity, Eq. 8: minus the mean distance between two samples of the same class.
+
+    x: (classes, n_s, ...) samples by class, n_s at least 2; the mean of Eq. 8 over classes
+    per_pixel: root mean square instead of L2, which is sqrt(pixels x channels) smaller
+    Two equal samples have the subgradient 0, not NaN.
+    """
+    flat = x.flatten(2)
+    distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
+    if per_pixel:
+        distance = distance / flat.shape[2] ** 0.5
+    classes, n_s = flat.shape[:2]
+    return -distance.sum() / (classes * n_s * (n_s - 1))
+
+
+# ------------------------------------------------------------------------ training and sampling
+
+
+def train_generator(generator: SemanticGenerator, teachers: Sequence[nn.Module], weights: Tensor,
+                    rng: torch.Generator, *, generator_steps: int, generator_batch: int,
+                    balance: float = BALANCE, lr: float = GENERATOR_LR,
+                    per_pixel: bool = False) -> Iterator[tuple[float, float]]:
+    """Train the generator without data (Eq. 9), in place; yields L_cls and L_diversity by step.
+
+    teachers: the clients' models (Eq. 6), or the global model alone; frozen, in evaluation mode
+    weights: (teachers, classes), alpha; a class that has none is skipped, since nobody can judge it
+    generator_batch: n_s, samples of each class in a step (the paper feeds 600)
+    """
+    seen = weights.sum(dim=0).nonzero().flatten()
+    y = seen.repeat_interleave(generator_batch)
+    for teacher in teachers:
+        teacher.eval().requires_grad_(False)
+    generator.train()
+    optimizer = torch.optim.Adam(generator.parameters(), lr=lr, fused=True)
+    for _ in range(generator_steps):
+        z = torch.randn(len(y), generator.noise_dim, generator=rng).to(y.device)
+        x = generator(z, y)
+        l_cls = classification_loss(x, y, teachers, weights)
+        l_diversity = diversity_loss(x.unflatten(0, (len(seen), generator_batch)),
+                                     per_pixel=per_pixel)
+        optimizer.zero_grad()
+        (balance * l_cls + (1 - balance) * l_diversity).backward()  # Eq. 9
+        optimizer.step()
+        yield l_cls.item(), l_diversity.item()
+    generator.eval()
+
+
+@torch.no_grad()
+def sample(generator: SemanticGenerator, y: Tensor, rng: torch.Generator) -> Tensor:
+    """Synthetic images (N, C, 32, 32) of any labels (N,), by a generator in evaluation mode.
+
+    Evaluation mode, because in training mode the other labels of a batch would show in an image.
+    """
+    images = []
+    for labels in y.split(SAMPLE_BATCH):
+        z = torch.randn(len(labels), generator.noise_dim, generator=rng).to(y.device)
+        images.append(generator(z, labels))
+    return torch.cat(images)
+
+
+# ---------------------------------------------------------------------------------- semantics
+
+
+def load_semantics(semantics: str, classes: Sequence[str], *, cache: Path | None = None,
+                   word_vectors: str | None = None) -> Tensor:
+    """A(y): the standardised embeddings (classes, d_A) of class names, from a named source.
+
+    semantics: one of SEMANTICS, or the path of an .npz with classes and embeddings
+    cache: .npz that what a text encoder gives is kept in, and read from the next time
+    word_vectors: the text file that word2vec reads
+    Raises ValueError with one line that says what is wrong and what to do.
+    """
+    if semantics == "onehot":
+        embeddings = np.eye(len(classes))
+    elif semantics == "segments":
+        embeddings = segment_table(classes)
+    elif semantics == "word2vec":
+        embeddings = read_word_vectors(word_vectors, classes)
+    elif semantics in SEMANTICS:
+        embeddings = encode_with_cache({"clip": clip_embeddings, "bert": bert_embeddings}[semantics],
+                                       classes, cache)
+    else:
+        embeddings = read_embeddings(semantics, classes)
+    return standardise_embeddings(embeddings)
+
+
+def standardise_embeddings(embeddings: np.ndarray) -> Tensor:
+    """Embeddings (classes, d_A) of zero mean over the classes and unit deviation over all entries.
+
+    The coordinates of a text embedding are some .04 and nearly the same for all classes, where the
+    noise beside them has deviation 1.  One common factor leaves the geometry as it is.
+    Raises ValueError if all classes have the same embedding.
+    """
+    centred = embeddings.astype(np.float64) - embeddings.mean(axis=0, dtype=np.float64)
+    deviation = np.sqrt((centred**2).mean())
+    if deviation == 0:
+        raise ValueError("all classes have the same embedding: nothing tells them apart")
+    return torch.from_numpy(centred / deviation).float()
+
+
+def segment_table(classes: Sequence[str]) -> np.ndarray:
+    """Attributes (classes, 7) of digits: the lit segments of a seven-segment display."""
+    unknown = [name for name in classes if name not in SEGMENTS]
+    if unknown:
+        raise ValueError(f"--semantics segments describes the digits 0 to 9, and class {unknown[0]!r} "
+                         "is none: choose another --semantics")
+    return np.array([[segment in SEGMENTS[name] for segment in "abcdefg"] for name in classes],
+                    dtype=np.float64)
+
+
+def read_embeddings(path: str | Path, classes: Sequence[str]) -> np.ndarray:
+    """Embeddings (classes, d_A) from an .npz with `classes` (names, in any order) and `embeddings`.
+
+    Classes are matched by name.  Raises ValueError with one line that names the file.
+    """
+    if not str(path).endswith(".npz"):
+        raise ValueError(f"unknown semantics '{path}': choose one of {', '.join(SEMANTICS)}, or "
+                         "give the path of an .npz file")
+    if not Path(path).exists():
+        raise ValueError(f"there is no file {path}: check --semantics")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names, embeddings = archive["classes"], archive["embeddings"]
+    except KeyError as error:
+        raise ValueError(f"{path} must hold classes (names) and embeddings") from error
+    except Exception as error:  # numpy and zipfile raise a dozen kinds on a broken file
+        raise ValueError(f"{path} cannot be read: expected an .npz written by numpy.savez with "
+                         "classes and embeddings") from error
+    names = names.reshape(-1).astype(str).tolist()
+    if embeddings.ndim != 2 or embeddings.dtype.kind not in "uif":
+        raise ValueError(f"{path}: embeddings must be numbers of shape (classes, d), not "
+                         f"{embeddings.dtype} of shape {embeddings.shape}")
+    if len(names) != len(embeddings) or len(set(names)) != len(names):
+        raise ValueError(f"{path}: {len(names)} names ({len(set(names))} different ones) for "
+                         f"{len(embeddings)} embeddings; each class needs one")
+    missing = [name for name in classes if name not in names]
+    if missing:
+        raise ValueError(f"{path} has no embedding of class {missing[0]!r}: its classes must be "
+                         "named as those of the data set")
+    chosen = embeddings[[names.index(name) for name in classes]]
+    if not np.isfinite(chosen).all():
+        raise ValueError(f"{path}: embeddings hold NaN or infinite numbers")
+    return chosen
+
+
+def read_word_vectors(path: str | None, classes: Sequence[str]) -> np.ndarray:
+    """Word vectors (classes, d_A) of class names, from a text file of lines "word number number ...".
+
+    The formats of GloVe and of word2vec's text output (whose first line holds two counts).  A name
+    of several words gets the mean of theirs; words are looked up as they are, then in lower case.
+    Raises ValueError if the file cannot be read or lacks a word.
+    """
+    if path is None:
+        raise ValueError("--semantics word2vec reads word vectors from a text file: name it by "
+                         "--word-vectors FILE")
+    wanted = {name: words_of(name) for name in classes}
+    found = {word: None for words in wanted.values() for word in words}
+    found |= {word.lower(): None for word in found}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                word, _, numbers = line.partition(" ")
+                if word in found:
+                    found[word] = np.array(numbers.split(), dtype=np.float64)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as word vectors ({str(error).splitlines()[0]}): "
+                         "expected text lines 'word number number ...'") from error
+    vectors = {}
+    for name, words in wanted.items():
+        of_words = [found[word] if found[word] is not None else found[word.lower()]
+                    for word in words]
+        if not words or any(vector is None for vector in of_words):
+            raise ValueError(f"{path} lacks a word of class {name!r}: use other word vectors, or an "
+                             ".npz of embeddings")
+        vectors[name] = of_words
+    lengths = {len(vector) for of_words in vectors.values() for vector in of_words}
+    if len(lengths) != 1 or not all(np.isfinite(vector).all()
+                                    for of_words in vectors.values() for vector in of_words):
+        raise ValueError(f"{path}: word vectors must be finite and of one length")
+    return np.stack([np.mean(vectors[name], axis=0) for name in classes])
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a class name: "T-shirt/top" holds three."""
+    return "".join(letter if letter.isalnum() else " " for letter in name).split()
+
+
+def encode_with_cache(encode: Callable[[list[str]], np.ndarray], classes: Sequence[str],
+                      cache: Path | None) -> np.ndarray:
+    """What a text encoder gives for the class names, kept in an .npz from one run to the next."""
+    if cache is not None and cache.exists():
+        try:
+            return read_embeddings(cache, classes)
+        except ValueError:  # of other classes, or damaged: made anew
+            pass
+    embeddings = encode([PROMPT.format(name.replace("_", " ")) for name in classes])
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cache.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            np.savez(file, classes=np.array(classes), embeddings=embeddings)
+        temporary.replace(cache)
+    return embeddings
+
+
+def clip_embeddings(texts: list[str], *, weights: str = "openai") -> np.ndarray:
+    """CLIP ViT-B/32 text embeddings (texts, 512) of unit length.
+
+    weights: "openai", downloaded at first use, or the path of a checkpoint
+    Raises ValueError if the weights cannot be had.
+    """
+    import open_clip
+
+    name = "ViT-B-32-quickgelu"  # the activation that OpenAI's weights were trained with
+    try:
+        model = open_clip.create_model(name, pretrained=weights).eval()
+    except Exception as error:  # the hub's and the network's own kinds, by version
+        raise ValueError(f"CLIP's weights '{weights}' cannot be loaded "
+                         f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
+                         "check the connection, or choose another --semantics") from error
+    with torch.no_grad():
+        tokens = open_clip.get_tokenizer(name)(texts)
+        return model.encode_text(tokens, normalize=True).float().numpy()
+
+
+def bert_embeddings(texts: list[str], *, weights: str = "bert-base-uncased") -> np.ndarray:
+    """BERT embeddings (texts, 768): the last layer's mean over the tokens of a text.
+
+    weights: a name on the Hugging Face hub, downloaded at first use, or a folder
+    Raises ValueError if transformers is not installed or the weights cannot be had.
+    """
+    try:
+        from transformers import AutoModel, AutoTokenizer
+    except ImportError as error:
+        raise ValueError("--semantics bert needs the package transformers: install it by "
+                         "'pip install transformers', or choose another --semantics") from error
+    try:
+        tokenizer, model = (kind.from_pretrained(weights) for kind in (AutoTokenizer, AutoModel))
+    except Exception as error:  # the hub's and the network's own kinds, by version
+        raise ValueError(f"BERT's weights '{weights}' cannot be loaded "
+                         f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
+                         "check the connection, or choose another --semantics") from error
+    tokens = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = model.eval()(**tokens).last_hidden_state
+    mask = tokens["attention_mask"][:, :, None]
+    return ((states * mask).sum(dim=1) / mask.sum(dim=1)).numpy()
