@@ -10,6 +10,8 @@ A method is a few functions.  Each takes and returns plain values:
                                                      models
     <m>_initial_memory(server, client) -> kept       only where something stays on the device: what
                                                      it holds before its first round
+    <m>_trains_late(server, client) -> bool          only where clients train on the final global
+                                                     model: whether this one does
 
 Three values are kept apart: what crosses the network (received and Result.update; the bytes of
 their tensors are the traffic), what stays on a device between rounds (kept), and what the server

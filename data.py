@@ -351,9 +351,9 @@ def partition_dropout(labels: Tensor, num_clients: int, missing: float,
     num_dropouts = -(-num_missing // 2)
     num_seen, num_others = num_classes - num_missing, num_clients - num_dropouts
     if num_seen < 2 or num_others < 1:
-        raise ValueError(f"--missing-classes {missing:g} leaves {num_seen} of {num_classes} classes "
-                         f"to {max(0, num_others)} of {num_clients} clients: at least two classes "
-                         "and one client must take part")
+        raise ValueError(f"--missing-classes {missing:g} leaves {num_seen} of {num_classes} "
+                         f"classes to {max(0, num_others)} of {num_clients} clients: at least two "
+                         "classes and one client must take part")
     holders = assign_classes(num_seen, num_others, 2, rng) + [[] for _ in range(num_missing)]
     dropouts = list(range(num_others, num_clients))
     for place, client in enumerate(reversed(dropouts)):

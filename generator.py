@@ -15,13 +15,17 @@ n_s         per_class     samples of each class in a training step
 lambda      balance       of Eq. 9
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from data import first_line
 
 NOISE_DIM = 20  # d_z, the best of those in the paper's Fig. 5
 BALANCE = 0.5  # lambda, AP-FL Sec. 4.1
@@ -88,15 +92,15 @@ def in_layout(generator: SemanticGenerator) -> SemanticGenerator:
     return generator.to(memory_format=torch.channels_last)
 
 
-def load_generator(state: dict[str, Tensor]) -> SemanticGenerator:
-    """The generator, in evaluation mode, of a state dict; its sizes are read from its tensors."""
-    inputs = state["network.0.weight"].shape[1]
-    channels = state["network.11.weight"].shape[0]
+def load_generator(state: dict[str, Tensor], channels: int,
+                   noise_dim: int) -> SemanticGenerator:
+    """The generator, in evaluation mode, that a state dict was taken from; nothing is drawn."""
     semantics = state["semantics"]
-    generator = SemanticGenerator(semantics, channels, inputs - semantics.shape[1],
-                                  last_norm="network.13.running_mean" in state)
+    with torch.device("meta"):
+        generator = SemanticGenerator(semantics, channels, noise_dim)
+    generator = in_layout(generator.to_empty(device=semantics.device))
     generator.load_state_dict(state)
-    return in_layout(generator.to(semantics.device)).eval()
+    return generator.eval()
 
 
 # ------------------------------------------------------------------------------------- losses
@@ -117,7 +121,7 @@ def class_weights(counts: Tensor, *, of_all: bool = False) -> Tensor:
 
 def classification_loss(x: Tensor, y: Tensor, teachers: Sequence[Callable[[Tensor], Tensor]],
                         weights: Tensor) -> Tensor:
-    """L_cls, Eq. 6 and 7: sum over teachers of alpha_k^y times its cross entropy, mean over samples.
+    """L_cls, Eq. 6 and 7: sum over teachers of alpha_k^y times cross entropy, mean over samples.
 
     x, y: (N, C, H, W) samples and (N,) labels;  weights: (teachers, classes), alpha
     A teacher sees only samples that count for it, alpha > 0, which changes no sum.
@@ -180,10 +184,11 @@ def train_generator(generator: SemanticGenerator, teachers: Sequence[nn.Module],
 
 @torch.no_grad()
 def sample(generator: SemanticGenerator, y: Tensor, rng: torch.Generator) -> Tensor:
-    """Synthetic images (N, C, 32, 32) of any labels (N,), by a generator in evaluation mode.
+    """Synthetic images (N, C, 32, 32) of any labels (N,), by the generator in evaluation mode.
 
-    Evaluation mode, because in training mode the other labels of a batch would show in an image.
+    In training mode the other labels of a batch would show in an image.
     """
+    generator.eval()
     images = []
     for labels in y.split(SAMPLE_BATCH):
         z = torch.randn(len(labels), generator.noise_dim, generator=rng).to(y.device)
@@ -210,8 +215,8 @@ def load_semantics(semantics: str, classes: Sequence[str], *, cache: Path | None
     elif semantics == "word2vec":
         embeddings = read_word_vectors(word_vectors, classes)
     elif semantics in SEMANTICS:
-        embeddings = encode_with_cache({"clip": clip_embeddings, "bert": bert_embeddings}[semantics],
-                                       classes, cache)
+        encode = {"clip": clip_embeddings, "bert": bert_embeddings}[semantics]
+        embeddings = encode_with_cache(encode, classes, cache)
     else:
         embeddings = read_embeddings(semantics, classes)
     return standardise_embeddings(embeddings)
@@ -224,19 +229,18 @@ def standardise_embeddings(embeddings: np.ndarray) -> Tensor:
     noise beside them has deviation 1.  One common factor leaves the geometry as it is.
     Raises ValueError if all classes have the same embedding.
     """
-    centred = embeddings.astype(np.float64) - embeddings.mean(axis=0, dtype=np.float64)
-    deviation = np.sqrt((centred**2).mean())
-    if deviation == 0:
+    if (embeddings == embeddings[0]).all():
         raise ValueError("all classes have the same embedding: nothing tells them apart")
-    return torch.from_numpy(centred / deviation).float()
+    centred = embeddings - embeddings.mean(axis=0)
+    return torch.from_numpy(centred / np.sqrt((centred**2).mean())).float()
 
 
 def segment_table(classes: Sequence[str]) -> np.ndarray:
     """Attributes (classes, 7) of digits: the lit segments of a seven-segment display."""
     unknown = [name for name in classes if name not in SEGMENTS]
     if unknown:
-        raise ValueError(f"--semantics segments describes the digits 0 to 9, and class {unknown[0]!r} "
-                         "is none: choose another --semantics")
+        raise ValueError("--semantics segments describes the digits 0 to 9, and class "
+                         f"{unknown[0]!r} is none: choose another --semantics")
     return np.array([[segment in SEGMENTS[name] for segment in "abcdefg"] for name in classes],
                     dtype=np.float64)
 
@@ -253,14 +257,14 @@ def read_embeddings(path: str | Path, classes: Sequence[str]) -> np.ndarray:
         raise ValueError(f"there is no file {path}: check --semantics")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            names, embeddings = archive["classes"], archive["embeddings"]
+            names = np.asarray(archive["classes"]).reshape(-1).astype(str).tolist()
+            embeddings = np.asarray(archive["embeddings"])
     except KeyError as error:
         raise ValueError(f"{path} must hold classes (names) and embeddings") from error
     except Exception as error:  # numpy and zipfile raise a dozen kinds on a broken file
-        raise ValueError(f"{path} cannot be read: expected an .npz written by numpy.savez with "
-                         "classes and embeddings") from error
-    names = names.reshape(-1).astype(str).tolist()
-    if embeddings.ndim != 2 or embeddings.dtype.kind not in "uif":
+        raise ValueError(f"{path} cannot be read ({first_line(error)}): expected an .npz written "
+                         "by numpy.savez with classes and embeddings") from error
+    if embeddings.ndim != 2 or embeddings.dtype.kind not in "uif" or embeddings.shape[1] == 0:
         raise ValueError(f"{path}: embeddings must be numbers of shape (classes, d), not "
                          f"{embeddings.dtype} of shape {embeddings.shape}")
     if len(names) != len(embeddings) or len(set(names)) != len(names):
@@ -270,14 +274,14 @@ def read_embeddings(path: str | Path, classes: Sequence[str]) -> np.ndarray:
     if missing:
         raise ValueError(f"{path} has no embedding of class {missing[0]!r}: its classes must be "
                          "named as those of the data set")
-    chosen = embeddings[[names.index(name) for name in classes]]
-    if not np.isfinite(chosen).all():
-        raise ValueError(f"{path}: embeddings hold NaN or infinite numbers")
+    chosen = embeddings[[names.index(name) for name in classes]].astype(np.float64)
+    if not (np.abs(chosen) < 1e100).all():
+        raise ValueError(f"{path}: embeddings hold NaN, infinite or huge numbers")
     return chosen
 
 
 def read_word_vectors(path: str | None, classes: Sequence[str]) -> np.ndarray:
-    """Word vectors (classes, d_A) of class names, from a text file of lines "word number number ...".
+    """Word vectors (classes, d_A) of class names, from a text file: a word and its numbers a line.
 
     The formats of GloVe and of word2vec's text output (whose first line holds two counts).  A name
     of several words gets the mean of theirs; words are looked up as they are, then in lower case.
@@ -286,31 +290,39 @@ def read_word_vectors(path: str | None, classes: Sequence[str]) -> np.ndarray:
     if path is None:
         raise ValueError("--semantics word2vec reads word vectors from a text file: name it by "
                          "--word-vectors FILE")
-    wanted = {name: words_of(name) for name in classes}
-    found = {word: None for words in wanted.values() for word in words}
-    found |= {word.lower(): None for word in found}
+    words = {name: words_of(name) for name in classes}
+    wanted = {form for of_name in words.values() for word in of_name
+              for form in (word, word.lower())}
+    found = {}
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
             for line in file:
-                word, _, numbers = line.partition(" ")
-                if word in found:
-                    found[word] = np.array(numbers.split(), dtype=np.float64)
+                word, *numbers = line.split(None, 1)
+                if word in wanted and numbers:
+                    found[word] = parse_numbers(numbers[0])
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as word vectors ({str(error).splitlines()[0]}): "
-                         "expected text lines 'word number number ...'") from error
+        raise ValueError(f"{path} cannot be read as word vectors ({first_line(error)}): expected "
+                         "text lines of a word and its numbers") from error
     vectors = {}
-    for name, words in wanted.items():
-        of_words = [found[word] if found[word] is not None else found[word.lower()]
-                    for word in words]
-        if not words or any(vector is None for vector in of_words):
-            raise ValueError(f"{path} lacks a word of class {name!r}: use other word vectors, or an "
-                             ".npz of embeddings")
-        vectors[name] = of_words
-    lengths = {len(vector) for of_words in vectors.values() for vector in of_words}
-    if len(lengths) != 1 or not all(np.isfinite(vector).all()
-                                    for of_words in vectors.values() for vector in of_words):
-        raise ValueError(f"{path}: word vectors must be finite and of one length")
+    for name, of_name in words.items():
+        vectors[name] = [found.get(word, found.get(word.lower())) for word in of_name]
+        if not of_name or any(vector is None for vector in vectors[name]):
+            raise ValueError(f"{path} lacks a word of class {name!r}: use other word vectors, or "
+                             "an .npz of embeddings")
+    lengths = {len(vector) for of_name in vectors.values() for vector in of_name}
+    if len(lengths) != 1:
+        raise ValueError(f"{path}: word vectors of {min(lengths)} and of {max(lengths)} numbers; "
+                         "all must be of one length")
     return np.stack([np.mean(vectors[name], axis=0) for name in classes])
+
+
+def parse_numbers(text: str) -> np.ndarray | None:
+    """The finite numbers of a line, or None if it holds anything else (some files have such)."""
+    try:
+        numbers = np.array(text.split(), dtype=np.float64)
+    except ValueError:
+        return None
+    return numbers if np.isfinite(numbers).all() else None
 
 
 def words_of(name: str) -> list[str]:
@@ -320,20 +332,36 @@ def words_of(name: str) -> list[str]:
 
 def encode_with_cache(encode: Callable[[list[str]], np.ndarray], classes: Sequence[str],
                       cache: Path | None) -> np.ndarray:
-    """What a text encoder gives for the class names, kept in an .npz from one run to the next."""
+    """What a text encoder gives for the class names, kept in an .npz from one run to the next.
+
+    It is kept by the text that was encoded, so that another prompt is encoded anew.
+    """
+    texts = [PROMPT.format(name.replace("_", " ")) for name in classes]
     if cache is not None and cache.exists():
         try:
-            return read_embeddings(cache, classes)
+            return read_embeddings(cache, texts)
         except ValueError:  # of other classes, or damaged: made anew
             pass
-    embeddings = encode([PROMPT.format(name.replace("_", " ")) for name in classes])
+    with quiet_and_drawing_nothing():
+        embeddings = encode(texts)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         temporary = cache.with_suffix(".tmp")
         with open(temporary, "wb") as file:
-            np.savez(file, classes=np.array(classes), embeddings=embeddings)
+            np.savez(file, classes=np.array(texts), embeddings=embeddings)
         temporary.replace(cache)
     return embeddings
+
+
+@contextmanager
+def quiet_and_drawing_nothing():
+    """For libraries that log retries on standard error and initialise weights before loading."""
+    logging.disable(logging.CRITICAL)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def clip_embeddings(texts: list[str], *, weights: str = "openai") -> np.ndarray:
@@ -342,17 +370,16 @@ def clip_embeddings(texts: list[str], *, weights: str = "openai") -> np.ndarray:
     weights: "openai", downloaded at first use, or the path of a checkpoint
     Raises ValueError if the weights cannot be had.
     """
-    import open_clip
-
     name = "ViT-B-32-quickgelu"  # the activation that OpenAI's weights were trained with
     try:
+        import open_clip
+
         model = open_clip.create_model(name, pretrained=weights).eval()
+        tokens = open_clip.get_tokenizer(name)(texts)
     except Exception as error:  # the hub's and the network's own kinds, by version
-        raise ValueError(f"CLIP's weights '{weights}' cannot be loaded "
-                         f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
+        raise ValueError(f"CLIP's weights '{weights}' cannot be loaded ({first_line(error)}): "
                          "check the connection, or choose another --semantics") from error
     with torch.no_grad():
-        tokens = open_clip.get_tokenizer(name)(texts)
         return model.encode_text(tokens, normalize=True).float().numpy()
 
 
@@ -370,8 +397,7 @@ def bert_embeddings(texts: list[str], *, weights: str = "bert-base-uncased") -> 
     try:
         tokenizer, model = (kind.from_pretrained(weights) for kind in (AutoTokenizer, AutoModel))
     except Exception as error:  # the hub's and the network's own kinds, by version
-        raise ValueError(f"BERT's weights '{weights}' cannot be loaded "
-                         f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): "
+        raise ValueError(f"BERT's weights '{weights}' cannot be loaded ({first_line(error)}): "
                          "check the connection, or choose another --semantics") from error
     tokens = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():

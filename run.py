@@ -319,7 +319,7 @@ def resolve(typed: dict) -> dict:
     fixed = {}  # what a flag decides for others, and that flag
     settings["partition"] = typed.get("partition", settings["partition"])
     if "missing_classes" in typed:
-        settings |= {"partition": "pathological", "alpha": None}
+        settings["partition"] = "pathological"
         fixed |= dict.fromkeys(("partition", "alpha", "classes_per_client"), "--missing-classes")
     if settings["partition"] != "dirichlet":
         del settings["alpha"]
@@ -401,12 +401,13 @@ class Experiment(NamedTuple):
     data: data.Dataset  # on the device
     clients: list[Client]
     dropouts: list[int]  # ids of the clients that dropped out before the first round
-    unseen: list[int]  # classes that they alone hold
+    seen: list[int]  # classes that clients hold that take part
+    unseen: list[int]  # classes that dropout clients alone hold
     test_shares: list[torch.Tensor]  # client -> indices of its test images
     statistics: tuple[torch.Tensor, torch.Tensor]  # mean and deviation of the training images
     speeds: list[float]  # images a client trains on in a unit of virtual time
     free: dict[str, list]  # architecture -> networks and optimisers that wait for a client
-    semantics: torch.Tensor | None = None  # A(y), where the method has a generator
+    semantics: torch.Tensor | None = None  # A(y), where a generator is yet to be trained
 
     @property
     def available(self) -> list[int]:
@@ -455,11 +456,12 @@ def prepare_experiment(settings: dict) -> Experiment:
                              data.numpy_stream(seed, data.TEST_SHARES))
 
     taking_part = torch.cat([part for k, part in enumerate(parts) if k not in dropouts])
-    seen = loaded.y_train[taking_part].unique().tolist()
-    unseen = [label for label in range(len(loaded.classes)) if label not in seen] if dropouts else []
-    if settings.get("beta", 0.0) is None:
-        settings["beta"] = apfl.BETA_COLOUR if loaded.x_train.shape[1] == 3 else apfl.BETA_GRAY
-    semantics = read_semantics(settings, loaded.classes) if "semantics" in settings else None
+    held = [set(loaded.y_train[part].tolist()) for part in parts]
+    seen = set().union(*(held[k] for k in range(num_clients) if k not in dropouts))
+    unseen = sorted(set().union(*(held[k] for k in dropouts)) - seen)
+    if "beta" in settings and settings["beta"] is None:
+        colour = loaded.x_train.shape[1] == 3
+        settings = settings | {"beta": apfl.BETA_COLOUR if colour else apfl.BETA_GRAY}
 
     device = torch.device(settings["device"])
     on_device = loaded._replace(**{name: getattr(loaded, name).to(device)
@@ -471,9 +473,9 @@ def prepare_experiment(settings: dict) -> Experiment:
     spread = settings.get("speed_spread", SPEED_SPREAD)
     speeds = spread ** data.numpy_stream(seed, data.SPEEDS).uniform(size=num_clients)
     return Experiment(settings, bind(METHODS[settings["method"]], settings), on_device, clients,
-                      dropouts, unseen, [share.to(device) for share in shares],
+                      dropouts, sorted(seen), unseen, [share.to(device) for share in shares],
                       (mean.to(device), deviation.to(device)), speeds.tolist(),
-                      {arch: [] for arch in archs}, semantics)
+                      {arch: [] for arch in archs})
 
 
 def read_semantics(settings: dict, classes: list[str]) -> torch.Tensor:
@@ -534,6 +536,12 @@ def draw_participants(settings: dict, t: int, dropouts: Iterable[int] = ()) -> l
     return sorted(rng.choice(available, count, replace=False).tolist())
 
 
+def participants(experiment: Experiment, t: int) -> list[int]:
+    """The clients of round t in an experiment; who trains alone cannot drop out from a server."""
+    alone = experiment.settings["method"] == "local"
+    return draw_participants(experiment.settings, t, () if alone else experiment.dropouts)
+
+
 def train_client(experiment: Experiment, update: Callable, t: int, k: int, received: object,
                  *kept: object) -> Result:
     """Run update, what a method does on client k; called in a worker thread.
@@ -571,9 +579,7 @@ def train_round(experiment: Experiment, pool: ThreadPoolExecutor, t: int, server
     Returns the new server state, the new memory and the round's figures for the log.
     """
     method, clients = experiment.method, experiment.clients
-    # Who trains alone has no server to drop out from.
-    dropouts = () if experiment.settings["method"] == "local" else experiment.dropouts
-    chosen = draw_participants(experiment.settings, t, dropouts)
+    chosen = participants(experiment, t)
     received = {k: method.download(server, clients[k], experiment.stream(t, k)) for k in chosen}
     kept = {k: [] for k in chosen}
     if method.initial_memory is not None:
@@ -591,8 +597,11 @@ def train_round(experiment: Experiment, pool: ThreadPoolExecutor, t: int, server
     server = method.server_update(server, {k: result.update for k, result in results.items()})
     if method.initial_memory is not None:
         memory = memory | {k: result.kept for k, result in results.items()}
+    total = Counter()
+    for k, result in results.items():
+        total.update(sums(result, received[k]))
     clock = max(result.samples / experiment.speeds[k] for k, result in results.items())
-    return server, memory, {**round_figures(results.values(), received), "clock": clock}
+    return server, memory, {**round_figures(total), "clock": clock}
 
 
 def train_arrivals(experiment: Experiment, pool: ThreadPoolExecutor, t: int, server: dict,
@@ -609,48 +618,49 @@ def train_arrivals(experiment: Experiment, pool: ThreadPoolExecutor, t: int, ser
     durations = {k: settings["local_epochs"] / experiment.speeds[k] * data.samples_per_epoch(
         len(clients[k].indices), settings["batch_size"]) for k in experiment.available}
 
-    def depart(k: int, work: int, time: float) -> dict:
+    def depart(k: int, work: int, now: float) -> dict:
         return {"received": method.download(server, clients[k], experiment.stream(work, k)),
-                "version": version, "work": work, "arrival": time + durations[k]}
+                "version": version, "work": work, "arrival": now + durations[k]}
 
     def submit(k: int):
         return pool.submit(train_client, experiment, method.client_update, flights[k]["work"], k,
                            flights[k]["received"])
 
-    version = server.get("version", 0)
+    version, started = server.get("version", 0), server.get("time", 0.0)
     flights = dict(server.get("flights") or {k: depart(k, 1, 0.0) for k in durations})
     events = apfl.next_arrivals({k: flight["arrival"] for k, flight in flights.items()}, durations,
                                 len(durations))
     due = Counter(k for _, k in events)
     futures = {k: submit(k) for k in due}
-    results, received, staleness = [], [], []
-    for time, k in events:
+    total, staleness = Counter(), []
+    for now, k in events:
         result, flight = futures.pop(k).result(), flights[k]
+        total.update(sums(result, flight["received"]))
         staleness.append(version - flight["version"])
         share = settings["mixing"] * apfl.staleness_weight(staleness[-1], settings["staleness"])
         server = method.server_update(
             server, {k: result.update},
             aggregation=lambda weights, uploads, counts, uniform: apfl.mix(weights, uploads, share))
         version += 1
-        flights[k] = depart(k, flight["work"] + 1, time)
+        flights[k] = depart(k, flight["work"] + 1, now)
         due[k] -= 1
         if due[k]:
             futures[k] = submit(k)
-        results.append(result)
-        received.append(flight["received"])
-    figures = {**round_figures(results, received), "clock": time - server.get("time", 0.0),
-               "staleness_mean": sum(staleness) / len(staleness)}
-    return {**server, "version": version, "flights": flights, "time": time}, memory, figures
+    server = {**server, "version": version, "flights": flights, "time": now}
+    return server, memory, {**round_figures(total), "clock": now - started,
+                            "staleness_mean": sum(staleness) / len(staleness)}
 
 
-def round_figures(results: Iterable[Result], received: object) -> dict:
-    """What the log says of the client updates of a round, and of what they received."""
-    results = list(results)
-    samples = sum(result.samples for result in results)
-    return {"loss": sum(result.loss for result in results) / max(1, samples),
-            "upload_mb": models.num_bytes([result.update for result in results]) / 1e6,
-            "download_mb": models.num_bytes(received) / 1e6,
-            "samples": samples}
+def sums(result: Result, received: object) -> dict:
+    """What a client update adds to the figures of its round."""
+    return {"loss": result.loss, "upload": models.num_bytes(result.update),
+            "download": models.num_bytes(received), "samples": result.samples}
+
+
+def round_figures(total: dict) -> dict:
+    """What the log says of a round, from the sums over its client updates."""
+    return {"loss": total["loss"] / max(1, total["samples"]), "upload_mb": total["upload"] / 1e6,
+            "download_mb": total["download"] / 1e6, "samples": total["samples"]}
 
 
 # ---------------------------------------------------------------------- stages after the last round
@@ -668,43 +678,46 @@ class Progress(NamedTuple):
 
 
 def finish(experiment: Experiment, pool: ThreadPoolExecutor, progress: Progress,
-           save: Callable[[Progress], None]) -> Progress:
+           out: Path) -> Progress:
     """The stages of the method after the last round, those that are finished apart.
 
+    Each is saved when it is done, under its name in progress.after:
     late: client -> weights, of clients that train on the final global model
-    generator: its weights with the semantics
+    generator: its weights, with the semantics in them
     friends: client -> weights of its friend model
-    save: called after each stage
     """
     method, clients, server = experiment.method, experiment.clients, progress.server
 
-    def run_late() -> dict[int, State]:
-        late = [client.id for client in clients if method.trains_late(server, client)]
-        received = {k: method.download(server, clients[k], experiment.stream(0, k)) for k in late}
+    def train_late() -> dict[int, State]:
+        received = {client.id: method.download(server, client, experiment.stream(0, client.id))
+                    for client in clients if method.trains_late(server, client)}
         return {k: result.update.weights for k, result in train_all(
             experiment, pool, "late training", method.client_update, received).items()}
 
-    def run_generator() -> State:
-        return train_generator(experiment, server)
+    def memorise() -> State:
+        net = train_generator(experiment, server)
+        draw_samples(out / "samples.png", experiment, server, net)
+        return models.copy_state(net)
 
-    def run_friends() -> dict[int, State]:
-        net = generator.load_generator(progress.after["generator"])
+    def befriend() -> dict[int, State]:
+        net = generator.load_generator(progress.after["generator"],
+                                       experiment.data.x_train.shape[1],
+                                       experiment.settings["noise_dim"])
         received = {client.id: (server["weights"][client.arch], net) for client in clients}
         return {k: result.kept for k, result in train_all(
             experiment, pool, "friend models", method.befriend, received).items()}
 
-    for name, function, stage in (("late", method.trains_late, run_late),
-                                  ("generator", method.memorise, run_generator),
-                                  ("friends", method.befriend, run_friends)):
+    for name, function, stage in (("late", method.trains_late, train_late),
+                                  ("generator", method.memorise, memorise),
+                                  ("friends", method.befriend, befriend)):
         if function is None or name in progress.after:
             continue
         start = time.perf_counter()
         outcome = stage()
-        seconds = time.perf_counter() - start
-        totals = progress.totals | {f"{name}_seconds": round(seconds, 3),
-                                    "seconds": progress.totals["seconds"] + seconds}
-        progress = progress._replace(after=progress.after | {name: outcome}, totals=totals)
-        save(progress)
+        seconds = round(time.perf_counter() - start, 3)
+        progress = progress._replace(after=progress.after | {name: outcome},
+                                     totals=progress.totals | {f"{name}_seconds": seconds})
+        save_checkpoint(out, progress)
     return progress
 
 
@@ -714,6 +727,8 @@ def train_all(experiment: Experiment, pool: ThreadPoolExecutor, what: str, updat
 
     The random streams go by the number 0, which no round has.
     """
+    if not received:
+        return {}
     futures = {k: pool.submit(train_client, experiment, update, 0, k, received[k])
                for k in received}
     try:
@@ -723,8 +738,11 @@ def train_all(experiment: Experiment, pool: ThreadPoolExecutor, what: str, updat
         raise FloatingPointError(f"{what}, {error}") from error
 
 
-def train_generator(experiment: Experiment, server: dict) -> State:
-    """The server's stage of AP-FL: the weights of a generator trained under the clients' models."""
+def train_generator(experiment: Experiment, server: dict) -> generator.SemanticGenerator:
+    """The server's stage of AP-FL: a generator trained under the clients' models.
+
+    Raises FloatingPointError if a weight is no longer finite at the end.
+    """
     settings, images = experiment.settings, experiment.data.x_train
     seed, arch = settings["seed"], experiment.clients[0].arch
     net = generator.initial_generator(
@@ -740,10 +758,10 @@ def train_generator(experiment: Experiment, server: dict) -> State:
                                        data.torch_stream(seed, data.GENERATOR_NOISE))
     bar = tqdm(steps, "generator", settings["generator_steps"], unit=" step", file=sys.stdout)
     for l_cls, l_diversity in bar:
-        if not math.isfinite(l_cls + l_diversity):
-            raise FloatingPointError("generator: its loss is not finite any more")
-        bar.set_postfix_str(f"L_cls {l_cls:.3f}, L_diversity {l_diversity:.1f}")
-    return models.copy_state(net)
+        bar.set_postfix_str(f"L_cls {l_cls:.3f}, L_diversity {l_diversity:.1f}", refresh=False)
+    if not all(tensor.isfinite().all() for tensor in net.state_dict().values()):
+        raise FloatingPointError("generator: a weight is not finite any more")
+    return net
 
 
 def final_models(experiment: Experiment, progress: Progress) -> dict[str, dict[int, State]]:
@@ -762,17 +780,13 @@ def final_models(experiment: Experiment, progress: Progress) -> dict[str, dict[i
     return kinds
 
 
-def stage_download(progress: Progress) -> float:
-    """Megabytes that the stages send: global weights to late clients; those and the generator to all.
-
-    (All clients have one architecture in the methods that have a generator.)
-    """
-    (first, *_), after = progress.server["weights"].values(), progress.after
-    size = models.num_bytes(first)
-    total = size * len(after.get("late", ()))
-    if "friends" in after:
-        total += (size + models.num_bytes(after["generator"])) * len(after["friends"])
-    return total / 1e6
+def stage_download(experiment: Experiment, progress: Progress) -> float:
+    """Megabytes that the stages send: to a client the global weights, and the generator."""
+    after, weights = progress.after, progress.server["weights"]
+    friends = after.get("friends", {})
+    total = sum(models.num_bytes(weights[experiment.clients[k].arch])
+                for k in after.get("late", {}).keys() | friends.keys())
+    return (total + len(friends) * models.num_bytes(after.get("generator", {}))) / 1e6
 
 
 # --------------------------------------------------------------------------------------- evaluation
@@ -780,7 +794,7 @@ def stage_download(progress: Progress) -> float:
 
 def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
     """The accuracies of the models that the clients use in the rounds; see accuracies."""
-    right = correct(experiment, {
+    right = predicted_right(experiment, {
         client.id: (client.arch, *experiment.method.deploy(server, client, memory.get(client.id)))
         for client in experiment.clients})
     return accuracies(experiment, right)
@@ -795,11 +809,12 @@ def evaluate_finally(experiment: Experiment, progress: Progress) -> dict:
     line, prefixes = progress.line, {"": experiment.available}
     if experiment.dropouts:
         prefixes["dropout_"] = experiment.dropouts
-    entry = {"download_mb": line["download_mb"] + stage_download(progress)}
+    entry = {"download_mb": line["download_mb"] + stage_download(experiment, progress)}
     kinds = final_models(experiment, progress)
-    for kind, by_client in kinds.items():
-        right = correct(experiment, {client.id: (client.arch, client.id, by_client[client.id])
-                                     for client in experiment.clients})
+    for kind, by_client in tqdm(kinds.items(), "evaluation", unit=" kind", file=sys.stdout):
+        right = predicted_right(experiment, {
+            client.id: (client.arch, client.id, by_client[client.id])
+            for client in experiment.clients})
         entry |= accuracies(experiment, right)  # the last kind is the one in use
         if len(kinds) > 1:
             for prefix, ids in prefixes.items():
@@ -809,8 +824,8 @@ def evaluate_finally(experiment: Experiment, progress: Progress) -> dict:
             "global_personal_accuracy": line["personal_accuracy"]}
 
 
-def correct(experiment: Experiment,
-            in_use: dict[int, tuple[str, object, State]]) -> dict[int, torch.Tensor]:
+def predicted_right(experiment: Experiment,
+                    in_use: dict[int, tuple[str, object, State]]) -> dict[int, torch.Tensor]:
     """By client, which test images (N,) its model gets right.
 
     in_use: client -> architecture, key and weights of its model; equal keys are equal models, and
@@ -848,24 +863,25 @@ def accuracies(experiment: Experiment, right: dict[int, torch.Tensor]) -> dict:
     """Accuracies in percent over all clients, and in the dropout setting of dropout clients.
 
     Theirs are split as in generalised zero-shot learning: mean accuracy of a class over the classes
-    that the rounds have seen, over the unseen ones (predictions are among all classes), and the
-    harmonic mean of the two.
+    that rounds have seen, over those that dropout clients alone hold (predictions are among all
+    classes), and the harmonic mean of the two.
     """
-    entry = share_accuracies(experiment, right)
-    if not experiment.unseen:
-        return entry
-    labels = experiment.data.y_test
-    gone = {client.id: right[client.id] for client in experiment.clients
-            if client.id in experiment.dropouts}
-    by_class = {label: 100 * float(torch.stack(list(gone.values()))[:, labels == label].double()
-                                   .mean()) for label in labels.unique().tolist()}
-    unseen = [value for label, value in by_class.items() if label in experiment.unseen]
-    seen = [value for label, value in by_class.items() if label not in experiment.unseen]
-    u, s = sum(unseen) / max(1, len(unseen)), sum(seen) / max(1, len(seen))
-    dropout = share_accuracies(experiment, gone)
-    return entry | {f"dropout_{name}": value for name, value in dropout.items()} | {
-        "seen_accuracy": s, "unseen_accuracy": u,
-        "harmonic_accuracy": 2 * s * u / (s + u) if s + u else 0.0}
+    figures = share_accuracies(experiment, right)
+    if not experiment.dropouts:
+        return figures
+    of_dropouts = {k: right[k] for k in experiment.dropouts}
+    for name, value in share_accuracies(experiment, of_dropouts).items():
+        figures[f"dropout_{name}"] = value
+    vectors, labels = torch.stack(list(of_dropouts.values())), experiment.data.y_test
+
+    def mean_of_classes(classes: list[int]) -> float:
+        each = [vectors[:, labels == label].double().mean() for label in classes
+                if (labels == label).any()]
+        return 100 * float(sum(each) / max(1, len(each)))
+
+    seen, unseen = mean_of_classes(experiment.seen), mean_of_classes(experiment.unseen)
+    return figures | {"seen_accuracy": seen, "unseen_accuracy": unseen,
+                      "harmonic_accuracy": 2 * seen * unseen / max(1e-9, seen + unseen)}
 
 
 # ------------------------------------------------------------------------------- the files of a run
@@ -908,9 +924,9 @@ def read_config(out: Path, typed: dict) -> dict:
     """
     try:
         settings = json.loads((out / "config.json").read_text())
-        like = {name: settings[name] for name in ("method", "dataset", "model", "aggregation",
-                                                  "missing_classes", "semantics", "partition")
-                if settings.get(name) is not None}
+        like = {name: settings[name] for name in ("method", "dataset", "model", "partition")}
+        like |= {name: settings[name] for name in ("aggregation", "missing_classes", "semantics")
+                 if settings.get(name) is not None}
         if "missing_classes" in like:
             del like["partition"]  # which it decides
         complete = resolve(like).keys() <= settings.keys() and isinstance(settings["rounds"], int)
@@ -1007,14 +1023,22 @@ def append_metrics(path: Path, entry: dict) -> None:
         os.fsync(file.fileno())
 
 
+def in_round(entry: dict, name: str = "accuracy") -> float | None:
+    """The accuracy of a line, that of the last line before the stages after the last round."""
+    return entry.get(f"global_{name}", entry[name])
+
+
 def summarise(history: list[dict], totals: dict) -> dict:
-    """What result.json holds: the last evaluation, the best, the mean of the last ten, totals."""
-    last, best = history[-1], max(history, key=lambda entry: entry["accuracy"])
-    recent = [entry["accuracy"] for entry in history[-10:]]
+    """What result.json holds: the last evaluation, the best, the mean of the last ten, totals.
+
+    Best and mean are over the models that clients use in the rounds, not after later stages.
+    """
+    last, best = history[-1], max(history, key=in_round)
+    recent = [in_round(entry) for entry in history[-10:]]
     of_round = ("round", "upload_mb", "download_mb", "samples", "clock", "seconds")
     return {"rounds": last["round"],
             **{name: value for name, value in last.items() if name not in of_round},
-            "best_accuracy": best["accuracy"], "best_round": best["round"],
+            "best_accuracy": in_round(best), "best_round": best["round"],
             "last10_accuracy": sum(recent) / len(recent),
             **{name: value for name, value in totals.items() if name != "training_seconds"},
             "seconds": round(totals["seconds"], 3),
@@ -1025,57 +1049,71 @@ def summarise(history: list[dict], totals: dict) -> dict:
 
 
 def draw_curves(path: Path, history: list[dict], title: str) -> None:
-    """A picture of accuracy and loss against rounds."""
+    """A picture of accuracy and loss against rounds, of asynchronous runs against the clock too.
+
+    Accuracies after the stages that follow the last round are marks of their own.
+    """
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    rounds = [entry["round"] for entry in history]
+    rounds, last = [entry["round"] for entry in history], history[-1]
     marker = "o" if len(rounds) <= 30 else None
-    for axes, name, label, colour in ((left, "accuracy", "whole test set", "C0"),
-                                      (left, "personal_accuracy", "own share of it", "C1"),
-                                      (right, "loss", "training images", "C3")):
-        axes.plot(rounds, [entry[name] for entry in history], marker=marker, markersize=3,
-                  label=label, color=colour)
+    for name, label, colour in (("accuracy", "whole test set", "C0"),
+                                ("personal_accuracy", "own share of it", "C1")):
+        left.plot(rounds, [in_round(entry, name) for entry in history], marker=marker,
+                  markersize=3, label=label, color=colour)
+        if "global_accuracy" in last:
+            left.plot(rounds[-1], last[name], "*", markersize=10, color=colour,
+                      label=f"{label}, at the end")
+    right.plot(rounds, [entry["loss"] for entry in history], marker=marker, markersize=3,
+               label="training images", color="C3")
     left.set(xlabel="round", ylabel="accuracy, %")
     right.set(xlabel="round", ylabel="cross entropy")
     for axes in (left, right):
         axes.legend()
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    if "staleness_mean" in history[-1]:
-        clock = [entry["clock"] for entry in history]
-        for axes in (left, right):
+        if "staleness_mean" in last:
+            axes.set_xlim(0, rounds[-1])  # where the two scales can be told apart from margins
+            clock = [0.0, *(entry["clock"] for entry in history)]
             above = axes.secondary_xaxis("top", functions=(
-                lambda t: np.interp(t, [0, *rounds], [0, *clock]),
-                lambda time: np.interp(time, [0, *clock], [0, *rounds])))
+                partial(np.interp, xp=[0, *rounds], fp=clock),
+                partial(np.interp, xp=clock, fp=[0, *rounds])))
             above.set_xlabel("virtual clock")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     figure.savefig(path, dpi=120)
 
 
-def draw_samples(path: Path, experiment: Experiment, net: generator.SemanticGenerator) -> None:
-    """A sheet of synthetic images, ten a class, in columns of 26 classes; unseen ones are marked."""
-    names, unseen = experiment.data.classes, experiment.unseen
+def draw_samples(path: Path, experiment: Experiment, server: dict,
+                 net: generator.SemanticGenerator) -> None:
+    """A sheet of synthetic images, ten a class; classes that no teacher has seen are marked.
+
+    The classes stand in columns of 26.
+    """
+    names = experiment.data.classes
+    seen = sum(teacher["class_counts"] for teacher in server["teachers"].values()) > 0
     mean, deviation = experiment.statistics
     labels = torch.arange(len(names), device=mean.device).repeat_interleave(10)
     images = generator.sample(net, labels, data.torch_stream(
         experiment.settings["seed"], data.GENERATOR_NOISE, round=1))
     images = (images * deviation + mean).clamp(0, 255).byte().cpu()
     size = images.shape[2]
-    rows = images.unflatten(0, (len(names), 10)).permute(0, 3, 1, 4, 2).reshape(
+    strips = images.unflatten(0, (len(names), 10)).permute(0, 3, 1, 4, 2).reshape(
         len(names), size, 10 * size, -1)
-    columns = list(range(0, len(names), 26))
-    figure = Figure(figsize=(5.5 * len(columns), 0.6 + 0.45 * min(26, len(names))),
+    starts = range(0, len(names), 26)
+    figure = Figure(figsize=(5.5 * len(starts), 0.8 + 0.45 * min(26, len(names))),
                     layout="constrained")
-    for axes, start in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns):
-        block = rows[start:start + 26]
+    for axes, start in zip(figure.subplots(1, len(starts), squeeze=False)[0], starts):
+        block = strips[start:start + 26]
         axes.imshow(block.flatten(0, 1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
-        shown = range(start, start + len(block))
         axes.set_xticks([])
-        axes.set_yticks([(place + 0.5) * size for place in range(len(block))], [
-            names[label] + (" (unseen)" if label in unseen else "") for label in shown])
+        shown = range(start, start + len(block))
+        axes.set_yticks([(row + 0.5) * size for row in range(len(block))], [
+            names[label] + ("" if seen[label] else " (unseen)") for label in shown],
+            parse_math=False)
         for label, tick in zip(shown, axes.get_yticklabels()):
-            tick.set_color("C3" if label in unseen else "black")
-    figure.suptitle(f"synthetic samples, {experiment.settings['dataset']}")
+            tick.set_color("black" if seen[label] else "C3")
+    figure.suptitle(f"synthetic samples, {Path(experiment.settings['dataset']).stem}",
+                    parse_math=False)
     figure.savefig(path, dpi=120)
 
 
@@ -1089,7 +1127,7 @@ def draw_beta(path: Path, experiment: Experiment, progress: Progress, title: str
         groups["dropouts"] = experiment.dropouts
     curves = {}
     for beta in tqdm(betas, "beta curve", unit=" beta", file=sys.stdout):
-        right = correct(few, {k: (few.clients[k].arch, k, apfl.personalise(
+        right = predicted_right(few, {k: (few.clients[k].arch, k, apfl.personalise(
             own, kinds["friend"][k], beta=beta)) for k, own in kinds["client"].items()})
         for group, ids in groups.items():
             for name, value in share_accuracies(few, {k: right[k] for k in ids}).items():
@@ -1105,7 +1143,8 @@ def draw_beta(path: Path, experiment: Experiment, progress: Progress, title: str
     used = settings["beta"] if settings["beta_on"] == "client" else 1 - settings["beta"]
     axes.axvline(used, color="gray", linewidth=1, linestyle=":", label=f"this run, {used:g}")
     axes.set(xlabel="beta, the weight of the client's model (0: friend model)",
-             ylabel="accuracy, %", title=title)
+             ylabel="accuracy, %")
+    axes.set_title(title, parse_math=False)
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -1131,10 +1170,9 @@ def describe(experiment: Experiment, server: dict, out: Path) -> None:
     print(f"{settings['method']} on {settings['dataset']}: {len(dataset.y_train):,} training and "
           f"{len(dataset.y_test):,} test images of {height}x{width}x{channels}, "
           f"{len(dataset.classes)} classes")
-    here = settings["clients"] if settings["method"] == "local" else len(experiment.available)
-    print(f"{settings['rounds']} rounds with {min(num_participants(settings), here)} of "
-          f"{settings['clients']} "
-          f"clients, {settings['local_epochs']} local epochs, batch {settings['batch_size']}, "
+    print(f"{settings['rounds']} rounds with {len(participants(experiment, 1))} of "
+          f"{settings['clients']} clients, {settings['local_epochs']} local epochs, "
+          f"batch {settings['batch_size']}, "
           f"{settings['optimizer']} at {settings['lr']:g}, seed {settings['seed']}; "
           f"{settings['workers']} workers on {settings['device']}")
     skew = {"dirichlet": "alpha", "pathological": "classes_per_client"}.get(settings["partition"])
@@ -1143,6 +1181,10 @@ def describe(experiment: Experiment, server: dict, out: Path) -> None:
     if experiment.dropouts:
         print(f"dropout clients: {', '.join(map(str, experiment.dropouts))}, which alone hold "
               + ", ".join(dataset.classes[label] for label in experiment.unseen))
+    held = len(experiment.seen) + len(experiment.unseen)
+    if held < len(dataset.classes):
+        print(f"{len(dataset.classes) - held} of {len(dataset.classes)} classes are with no client "
+              "(more --clients hold more), and their images are left out")
     for arch, state in server["weights"].items():
         size = sum(tensor.numel() for tensor in models.build_empty(
             arch, channels, len(dataset.classes), torch.device("meta")).parameters())
@@ -1169,7 +1211,7 @@ def expected_traffic(experiment: Experiment, server: dict) -> float:
         s_in = net.extractor(images)
         total += (models.num_bytes([s_in, net.intermediate(s_in)])
                   * settings["feature_batch_size"] * settings["feature_batches"])
-    return total * min(num_participants(settings), len(experiment.available)) / 1e6
+    return total * len(participants(experiment, 1)) / 1e6
 
 
 def print_partition(experiment: Experiment) -> None:
@@ -1189,21 +1231,28 @@ def print_partition(experiment: Experiment) -> None:
 
 def report(out: Path, result: dict) -> None:
     """Print the result and where it lies."""
-    for kind in ("client", "friend", "personalised"):
-        if f"{kind}_accuracy" in result:
-            print(f"{kind + ' models':20} {result[kind + '_accuracy']:.2f} % of the whole test set, "
-                  f"{show(result[kind + '_personal_accuracy'])} of their own share of it")
+    print()
+    for prefix, whose in (("", ""), ("dropout_", "dropout clients' ")):
+        for kind in ("client", "friend", "personalised"):
+            name = f"{prefix}{kind}"
+            if f"{name}_accuracy" in result:
+                print(f"{whose}{kind} models: {result[f'{name}_accuracy']:.2f} % of the whole test "
+                      f"set, {show(result[f'{name}_personal_accuracy'])} of their own share of it")
     if "harmonic_accuracy" in result:
         print(f"dropout clients: {result['seen_accuracy']:.2f} % of the seen classes, "
               f"{result['unseen_accuracy']:.2f} % of the unseen ones, harmonic mean "
               f"{result['harmonic_accuracy']:.2f} %")
-    print(f"\naccuracy {result['accuracy']:.2f} % after {result['rounds']} rounds (best "
-          f"{result['best_accuracy']:.2f} % in round {result['best_round']}, mean of the last ten "
-          f"evaluations {result['last10_accuracy']:.2f} %)")
+    rounds = (f"{in_round(result):.2f} % after {result['rounds']} rounds (best "
+              f"{result['best_accuracy']:.2f} % in round {result['best_round']}, mean of the last "
+              f"ten evaluations {result['last10_accuracy']:.2f} %)")
+    if "global_accuracy" in result:
+        print(f"accuracy {result['accuracy']:.2f} %; of the global model {rounds}")
+    else:
+        print(f"accuracy {rounds}")
     print(f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} training images a second, "
           f"{result['upload_mb']:.1f} MB sent up and {result['download_mb']:.1f} MB down")
-    stages = [f"{name} {result[name + '_seconds']:.0f} s" for name in ("late", "generator", "friends")
-              if f"{name}_seconds" in result]
+    stages = [f"{name} {result[f'{name}_seconds']:.0f} s"
+              for name in ("late", "generator", "friends") if f"{name}_seconds" in result]
     if stages:
         print(f"stages after the last round: {', '.join(stages)}")
     print(f"written to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
@@ -1222,30 +1271,24 @@ def train(experiment: Experiment, progress: Progress, history: list[dict], out: 
 
     history: the lines of metrics.jsonl so far
     """
-    settings, method = experiment.settings, experiment.method
+    settings = experiment.settings
     pool = ThreadPoolExecutor(settings["workers"], initializer=torch.set_num_threads,
                               initargs=(settings["threads"],))
     title = f"{settings['method']} on {Path(settings['dataset']).stem}"
-
-    def save(progress: Progress) -> None:
-        save_checkpoint(out, progress)
-        if "generator" in progress.after and "friends" not in progress.after:
-            net = generator.load_generator(progress.after["generator"])
-            draw_samples(out / "samples.png", experiment, net)
-
+    before = time.perf_counter() - progress.totals["seconds"]
     try:
         progress = train_rounds(experiment, pool, progress, history, out)
-        if method.trains_late is not None:
-            progress = finish(experiment, pool, progress, save)
-            history[-1] = evaluate_finally(experiment, progress)
-            replace_last_line(out / "metrics.jsonl", history[-1])
-            if method.personalise is not None:
-                draw_beta(out / "beta.png", experiment, progress, title)
+        progress = finish(experiment, pool, progress, out)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    totals = progress.totals | {
-        "download_mb": progress.totals["download_mb"] + stage_download(progress)}
-    result = summarise(history, totals)
+    if progress.after:
+        history[-1] = evaluate_finally(experiment, progress)
+        replace_last_line(out / "metrics.jsonl", history[-1])
+    if "friends" in progress.after:
+        draw_beta(out / "beta.png", experiment, progress, title)
+    result = summarise(history, progress.totals | {
+        "download_mb": progress.totals["download_mb"] + stage_download(experiment, progress),
+        "seconds": time.perf_counter() - before})
     write_json(out / "result.json", result)
     draw_curves(out / "curves.png", history, title)
     report(out, result)
@@ -1333,14 +1376,17 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
     totals = {"upload_mb": 0.0, "download_mb": 0.0, "samples": 0, "clock": 0.0,
               "training_seconds": 0.0, "seconds": 0.0}
     progress = saved or Progress(0, experiment.method.init(weights), {}, totals, {}, {})
-    out.mkdir(parents=True, exist_ok=True)
-    history = trim_metrics(out / "metrics.jsonl", progress.round, settings)
     if progress.round < settings["rounds"]:
         progress = progress._replace(after={})  # of stages after a round that is not the last now
+    if "semantics" in settings and "generator" not in progress.after:
+        experiment = experiment._replace(semantics=read_semantics(
+            experiment.settings, experiment.data.classes).to(experiment.data.x_train.device))
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", experiment.settings)
+    history = trim_metrics(out / "metrics.jsonl", progress.round, settings)
     if history and history[-1]["round"] == progress.line["round"] and history[-1] != progress.line:
         history[-1] = progress.line  # which stages after the round have written over
         replace_last_line(out / "metrics.jsonl", progress.line)
-    write_json(out / "config.json", settings)
     describe(experiment, progress.server, out)
     if resume:
         print(f"going on after round {progress.round}\n", flush=True)

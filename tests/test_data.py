@@ -100,7 +100,8 @@ def test_numpy_streams_are_seeded_by_seed_purpose_round_client_in_this_order():
 def test_no_two_purposes_are_the_same_number():
     purposes = [data.SUBSET, data.PARTITION, data.TEST_SHARES, data.INITIAL_WEIGHTS,
                 data.PARTICIPANTS, data.SPEEDS, data.BATCHES, data.AUGMENTATION,
-                data.FEATURE_BATCH, data.FEATURE_POOL, data.NOISE, data.FEATURE_NOISE]
+                data.FEATURE_BATCH, data.FEATURE_POOL, data.NOISE, data.FEATURE_NOISE,
+                data.GENERATOR_WEIGHTS, data.GENERATOR_NOISE, data.SYNTHETIC, data.FRIEND_BATCHES]
     assert len(set(purposes)) == len(purposes)
 
 
@@ -134,11 +135,15 @@ CALLS = {
     "partition_iid": lambda path: data.partition_iid(LABELS, 4, numpy_rng()),
     "partition_dirichlet": lambda path: data.partition_dirichlet(LABELS, 4, 1, numpy_rng()),
     "partition_pathological": lambda path: data.partition_pathological(LABELS, 4, 2, numpy_rng()),
+    "partition_dropout": lambda path: data.partition_dropout(LABELS, 4, 0.3, numpy_rng()),
+    "assign_classes": lambda path: data.assign_classes(3, 4, 2, numpy_rng()),
+    "deal_classes": lambda path: data.deal_classes(LABELS, [[0], [0, 1], []], 2, numpy_rng()),
     "share_test": lambda path: data.share_test(LABELS, LABELS, HALVES, numpy_rng()),
     "channel_statistics": lambda path: data.channel_statistics(IMAGES, HALVES[0]),
     "standardise": lambda path: data.standardise(IMAGES, torch.zeros(3, 1, 1), torch.tensor(2)),
     "augment": lambda path: data.augment(IMAGES, torch.zeros(3, 1, 1), torch.tensor(2),
                                          data.Augmentation(), torch_rng()),
+    "samples_per_epoch": lambda path: data.samples_per_epoch(11, 5),
     "batches": lambda path: list(data.batches(client(HALVES[0]), 16, 2, torch_rng())),
 }
 
@@ -692,6 +697,7 @@ PARTITIONS = {
     "iid": lambda rng: data.partition_iid(UNEVEN, 7, rng),
     "dirichlet": lambda rng: data.partition_dirichlet(UNEVEN, 7, 0.5, rng),
     "pathological": lambda rng: data.partition_pathological(UNEVEN, 7, 3, rng),
+    "dropout": lambda rng: data.partition_dropout(UNEVEN, 7, 0.2, rng)[0],
     # Here the counts are the same for every seed, so that the images themselves must differ.
     "dirichlet-even": lambda rng: data.partition_dirichlet(UNEVEN, 7, 1e9, rng, minimum=1),
     "pathological-even": lambda rng: data.partition_pathological(UNEVEN, 7, 10, rng),
@@ -803,6 +809,50 @@ def test_pathological_gives_each_client_its_classes_and_each_class_its_holders(n
 def test_more_classes_a_client_than_there_are_is_an_error():
     assert "--classes-per-client 11" in complaint(
         data.partition_pathological, UNEVEN, 4, 11, numpy_rng())
+
+
+def test_the_dropout_setting_of_the_paper_is_its_table_1():
+    parts, dropouts = data.partition_dropout(UNEVEN, 10, 0.2, numpy_rng())
+    held = counts_of(UNEVEN, parts) > 0
+    assert dropouts == [9] and held[9].nonzero()[0].tolist() == [8, 9]
+    assert not held[:9, 8:].any() and (held[:9].sum(axis=1) == 2).all()
+    assert set(held[:9, :8].sum(axis=0)) == {2, 3}  # holders of a class that is seen
+    assert_partition(parts, torch.arange(len(UNEVEN)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("num_classes, num_clients, missing, alone, shared, dropouts", [
+    (10, 10, 0.1, [9], [8], [9]), (10, 10, 0.04, [9], [8], [9]),
+    (10, 5, 0.4, [6, 7, 8, 9], [], [3, 4]),
+    (26, 20, 0.1, [23, 24, 25], [22], [18, 19]),
+    (26, 20, 0.2, [21, 22, 23, 24, 25], [20], [17, 18, 19]),
+    (100, 60, 0.1, list(range(90, 100)), [], [55, 56, 57, 58, 59])])
+def test_missing_classes_sit_with_the_last_clients_alone(num_classes, num_clients, missing, alone,
+                                                         shared, dropouts, seed):
+    labels = labels_of(*[40] * num_classes)
+    parts, gone = data.partition_dropout(labels, num_clients, missing, numpy_rng(seed))
+    held = counts_of(labels, parts) > 0
+    assert gone == dropouts and (held.sum(axis=1) == 2).all()
+    others = [k for k in range(num_clients) if k not in gone]
+    assert not held[np.ix_(others, alone)].any()
+    assert (held[np.ix_(gone, alone)].sum(axis=0) == 1).all()
+    assert sorted(np.flatnonzero(held[gone].any(axis=0))) == sorted(alone + shared)
+    if num_clients >= num_classes / 2 + 2:
+        assert held[np.ix_(others, shared)].any(axis=0).all()
+
+
+@pytest.mark.parametrize("num_clients, missing", [(10, 0.9), (10, 1.0), (1, 0.1), (2, 0.4)])
+def test_a_dropout_setting_that_leaves_too_little_is_an_error(num_clients, missing):
+    assert f"--missing-classes {missing:g}" in complaint(
+        data.partition_dropout, UNEVEN, num_clients, missing, numpy_rng())
+
+
+def test_an_epoch_visits_as_many_samples_as_it_says():
+    for count in range(2, 30):
+        for batch_size in range(2, 9):
+            own = client(torch.arange(count))
+            visited = sum(len(y) for _, y in data.batches(own, batch_size, 1, torch_rng()))
+            assert visited == data.samples_per_epoch(count, batch_size)
 
 
 def largest_remainders(seats: int, weights: list[int]) -> list[int]:

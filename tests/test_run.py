@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+import apfl
 import baselines
 import data
 import fedin
+import generator
 import models
 import run
 
@@ -26,6 +28,11 @@ RESNETS = ("--train-images 120 --clients 5 --participation 0.6 --local-epochs 1 
            "--batch-size 12").split()
 RESNET10 = [*RESNETS, "--model", "resnet10"]  # with batch normalisation, and a third of the time
 CNN = [*RESNETS, "--model", "cnn"]
+FEW = ("--generator-steps 3 --generator-batch 2 --synthetic-per-class 4 --friend-epochs 1 "
+       "--noise-dim 4").split()
+APFL = [*CNN, "--method", "apfl", *FEW]
+DROPOUT = ("--missing-classes 0.2 --train-images 300 --clients 6 --local-epochs 1 --model cnn "
+           "--rounds 2").split()
 
 
 def go(out: Path, *flags: str) -> list[dict]:
@@ -42,9 +49,9 @@ def lines(out: Path) -> list[dict]:
 
 
 def result(out: Path) -> dict:
-    timings = ("seconds", "images_per_second")
     written = json.loads((out / "result.json").read_text())
-    return {name: value for name, value in written.items() if name not in timings}
+    return {name: value for name, value in written.items() if not name.endswith(("seconds",
+                                                                                 "per_second"))}
 
 
 def start(out: Path, *flags: str) -> subprocess.Popen:
@@ -124,7 +131,9 @@ def test_every_setting_of_a_method_reaches_one_of_its_functions():
         settings = run.resolve({"method": name})
         bound = run.bind(method, settings)
         reached = {keyword for function in bound if function for keyword in function.keywords}
-        assert set(run.METHOD_DEFAULTS[name]) - {"ablate"} <= reached
+        elsewhere = {"ablate", "lambda", "semantics", "noise_dim"}
+        assert set(run.METHOD_DEFAULTS[name]) - elsewhere <= reached
+        assert ("balance" in reached) == ("lambda" in settings)
         assert {"local_epochs", "batch_size"} <= reached
 
 
@@ -228,6 +237,234 @@ def test_aggregation_per_architecture_is_layerwise_where_there_is_one_alone(tmp_
     flags = [*RESNETS, "--method", "fedavg", "--rounds", "1"]
     assert go(tmp_path / "c", *flags, "--aggregation", "per-architecture") != go(tmp_path / "d",
                                                                                  *flags)
+
+
+# ------------------------------------------------------- AP-FL: stages after the last round
+
+
+@pytest.fixture(autouse=True)
+def few_test_images_for_the_beta_curve(monkeypatch):
+    monkeypatch.setattr(run, "BETA_TEST_IMAGES", 20)
+
+
+def test_apfl_leaves_pictures_and_the_accuracies_of_all_its_models(tmp_path, capsys):
+    entries = go(tmp_path, *APFL, "--rounds", "2")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "curves.png",
+        "samples.png", "beta.png"}
+    names = [f"{kind}_{name}" for kind in ("client", "friend", "personalised", "global")
+             for name in ("accuracy", "personal_accuracy")]
+    assert set(entries[-1]) - set(entries[0]) == set(names)
+    assert all(0 <= entries[-1][name] <= 100 for name in names)
+    assert entries[-1]["accuracy"] == entries[-1]["personalised_accuracy"]
+    assert entries[-1]["personal_accuracy"] == entries[-1]["personalised_personal_accuracy"]
+    final = json.loads((tmp_path / "result.json").read_text())
+    assert final["friend_accuracy"] == entries[-1]["friend_accuracy"]
+    assert final["generator_seconds"] > 0 and final["friends_seconds"] > 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["beta"], config["semantics"], config["lambda"]) == (0.1, "segments", 0.5)
+    shown = capsys.readouterr()
+    assert shown.err == "" and "personalised models" in shown.out and "generator" in shown.out
+
+
+def test_the_rounds_of_apfl_and_fedavg_ft_are_fedavgs(tmp_path):
+    plain = go(tmp_path / "fedavg", *CNN, "--method", "fedavg", "--rounds", "2")
+    tuned = go(tmp_path / "fedavg-ft", *CNN, "--method", "fedavg-ft", "--rounds", "2")
+    apfl_lines = go(tmp_path / "apfl", *APFL, "--rounds", "2")
+    counts = 3 * 8 * 10 / 1e6  # three participants tell how many images of ten classes they have
+    for a, b in zip(plain, apfl_lines):
+        assert a["upload_mb"] + counts == pytest.approx(b["upload_mb"], abs=1e-12)
+        for name in ("loss", "samples", "clock"):
+            assert a[name] == b[name]
+    assert plain[0]["accuracy"] == apfl_lines[0]["accuracy"] and plain[0] == tuned[0]
+    for last in (apfl_lines[-1], tuned[-1]):
+        assert last["global_accuracy"] == plain[-1]["accuracy"]
+        assert last["global_personal_accuracy"] == plain[-1]["personal_accuracy"]
+    weights = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["server"]["weights"]
+               for name in ("fedavg", "fedavg-ft", "apfl")]
+    for state in weights[1:]:
+        assert all(torch.equal(state["cnn"][name], weights[0]["cnn"][name])
+                   for name in weights[0]["cnn"])
+
+
+def test_the_stages_traffic_is_on_the_last_line_and_in_the_totals(tmp_path):
+    entries = go(tmp_path, *APFL, "--rounds", "2")
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    size = models.num_bytes(saved["server"]["weights"])
+    late = 5 - len(saved["server"]["teachers"])
+    sent = 5 * (size + models.num_bytes(saved["after"]["generator"]))
+    assert late > 0 and len(saved["after"]["late"]) == late
+    assert entries[-1]["download_mb"] == pytest.approx((3 * size + sent) / 1e6)
+    assert result(tmp_path)["download_mb"] == pytest.approx((6 * size + sent) / 1e6)
+
+
+def test_final_accuracies_are_those_of_the_saved_models(tmp_path):
+    last = go(tmp_path, "--method", "apfl", *FEW, *DROPOUT, "--beta", "0.3")[-1]
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    experiment = run.prepare_experiment(json.loads((tmp_path / "config.json").read_text()))
+    x = data.standardise(experiment.data.x_test, *experiment.statistics)
+    labels, right = experiment.data.y_test, {}
+    for k in range(6):
+        own = saved["after"]["late"][5] if k == 5 else saved["server"]["teachers"][k]["weights"]
+        friend = saved["after"]["friends"][k]
+        for kind, state in (("client", own), ("friend", friend), ("personalised", {
+                name: 0.3 * own[name] + 0.7 * friend[name] for name in own})):
+            net = models.build("cnn", 1, 10).eval()
+            net.load_state_dict(state)
+            with torch.no_grad():
+                right[kind, k] = (net(x).argmax(1) == labels).double()
+    for kind in ("client", "friend", "personalised"):
+        whole = [100 * right[kind, k].mean().item() for k in range(6)]
+        assert last[f"{kind}_accuracy"] == pytest.approx(sum(whole[:5]) / 5, abs=0.06)
+        assert last[f"dropout_{kind}_accuracy"] == pytest.approx(whole[5], abs=0.3)
+        own = 100 * right[kind, 5][experiment.test_shares[5]].mean().item()
+        assert last[f"dropout_{kind}_personal_accuracy"] == pytest.approx(own, abs=1.5)
+    by_class = [100 * right["personalised", 5][labels == c].mean().item() for c in range(10)]
+    seen, unseen = sum(by_class[:8]) / 8, sum(by_class[8:]) / 2
+    assert last["seen_accuracy"] == pytest.approx(seen, abs=0.4)
+    assert last["unseen_accuracy"] == pytest.approx(unseen, abs=1.5)
+    assert last["harmonic_accuracy"] == pytest.approx(
+        2 * last["seen_accuracy"] * last["unseen_accuracy"]
+        / max(1e-9, last["seen_accuracy"] + last["unseen_accuracy"]))
+
+
+def test_harmonic_accuracy_of_known_predictions():
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    experiment = run.Experiment(
+        {}, None, data.Dataset(None, None, None, labels, ["a", "b", "c"]),
+        [baselines.Client(k, None, "cnn") for k in range(2)], dropouts=[1], seen=[0, 1], unseen=[2],
+        test_shares=[torch.tensor([0, 2]), torch.tensor([4, 5])], statistics=None, speeds=[],
+        free={})
+    right = {0: torch.tensor([1, 1, 1, 1, 0, 0]).bool(), 1: torch.tensor([1, 1, 1, 0, 1, 0]).bool()}
+    entry = run.accuracies(experiment, right)
+    assert entry["accuracy"] == pytest.approx(100 * 8 / 12)
+    assert entry["personal_accuracy"] == pytest.approx(75)
+    assert entry["dropout_accuracy"] == pytest.approx(100 * 4 / 6)
+    assert entry["dropout_personal_accuracy"] == 50
+    assert (entry["seen_accuracy"], entry["unseen_accuracy"]) == (75, 50)
+    assert entry["harmonic_accuracy"] == pytest.approx(60)
+
+
+@pytest.mark.parametrize("flags", ["--beta 0.9", "--beta-on friend", "--lambda 0.9",
+                                   "--semantics onehot", "--friend-labels all",
+                                   "--generator-steps 5"])
+def test_an_option_of_apfl_makes_a_difference(flags, tmp_path):
+    flags = [*APFL, "--rounds", "1", *flags.split()]
+    assert go(tmp_path / "a", *flags)[-1] != go(tmp_path / "b", *APFL, "--rounds", "1")[-1]
+
+
+def test_apfl_works_with_a_resnet_and_with_augmentation(tmp_path):
+    entry, = go(tmp_path, *APFL, "--model", "resnet10", "--rounds", "1", "--augment")
+    assert entry["accuracy"] == entry["personalised_accuracy"]
+
+
+# --------------------------------------------------------------------------- the dropout setting
+
+
+def test_of_dropout_clients_images_nothing_reaches_the_global_model(tmp_path):
+    digits = data.read_digits()
+    arrays = {"x_train": digits.x_train[:, 0].numpy(), "y_train": digits.y_train.numpy(),
+              "x_test": digits.x_test[:, 0].numpy(), "y_test": digits.y_test.numpy(),
+              "classes": np.array(digits.classes)}
+    gone = arrays["y_train"] >= 8
+    noise = np.random.default_rng(0).integers(256, size=arrays["x_train"].shape, dtype=np.uint8)
+    states = []
+    for name, images in (("plain", arrays["x_train"]),
+                         ("noise", np.where(gone[:, None, None], noise, arrays["x_train"]))):
+        np.savez(tmp_path / f"{name}.npz", **(arrays | {"x_train": images}))
+        go(tmp_path / name, "--dataset", str(tmp_path / f"{name}.npz"), "--setting",
+                     "quick", "--method", "apfl", *FEW, *DROPOUT, "--semantics", "segments")
+        states.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True))
+    plain, noisy = states
+    assert all(torch.equal(a, b) for part in ("weights", "teachers") for a, b in zip(
+        models.tensors_in(plain["server"][part]), models.tensors_in(noisy["server"][part])))
+    assert all(torch.equal(a, b) for a, b in zip(models.tensors_in(plain["after"]["generator"]),
+                                                 models.tensors_in(noisy["after"]["generator"])))
+    assert not torch.equal(plain["after"]["late"][5]["classifier.fc.weight"],
+                           noisy["after"]["late"][5]["classifier.fc.weight"])
+    assert sorted(plain["server"]["teachers"]) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedavg-ft", "local", "fedprox"])
+def test_every_method_reports_on_dropout_clients(method, tmp_path):
+    last = go(tmp_path, "--method", method, *DROPOUT)[-1]
+    assert {"seen_accuracy", "unseen_accuracy", "harmonic_accuracy", "dropout_accuracy",
+            "dropout_personal_accuracy"} <= last.keys()
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    if method == "local":  # who trains alone has nothing to drop out from
+        assert sorted(saved["memory"]) == list(range(6))
+    if method == "fedavg-ft":  # the dropout client learns its two classes, and forgets the others
+        assert sorted(saved["after"]["late"]) == list(range(6))
+        assert last["unseen_accuracy"] > last["seen_accuracy"]
+    if method in ("fedavg", "fedprox"):
+        assert last["unseen_accuracy"] == 0
+
+
+def test_dropout_clients_are_never_drawn():
+    settings = {"seed": 0, "clients": 10, "participation": 1.0}
+    assert run.draw_participants(settings, 1, dropouts=[8, 9]) == list(range(8))
+    half = settings | {"participation": 0.5}
+    drawn = [run.draw_participants(half, t, dropouts=[3]) for t in range(1, 40)]
+    assert all(len(chosen) == 5 and 3 not in chosen for chosen in drawn)
+    assert {k for chosen in drawn for k in chosen} == set(range(10)) - {3}
+
+
+# ------------------------------------------------------------------------ asynchronous aggregation
+
+
+ASYNC = [flag for flag in CNN if flag not in ("--participation", "0.6")]
+ASYNC += ["--aggregation", "async"]
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedprox", "apfl"])
+def test_asynchronous_runs_log_the_clock_and_staleness(method, tmp_path):
+    few = FEW if method == "apfl" else []
+    entries = go(tmp_path, *ASYNC, "--method", method, "--rounds", "3", *few)
+    clocks = [entry["clock"] for entry in entries]
+    assert clocks == sorted(clocks) and clocks[0] > 0
+    assert entries[0]["staleness_mean"] < entries[1]["staleness_mean"]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["mixing"] == 0.6 and config["staleness"] == "polynomial"
+    assert "participation" not in config
+    one_upload = entries[0]["upload_mb"] / 5
+    assert entries[1]["upload_mb"] == pytest.approx(5 * one_upload)
+    assert entries[1]["download_mb"] == pytest.approx(entries[0]["download_mb"])
+
+
+def test_arrivals_follow_the_speeds_of_the_clients(tmp_path):
+    entries = go(tmp_path, *ASYNC, "--method", "fedavg", "--rounds", "3", "--speed-spread", "9")
+    experiment = run.prepare_experiment(json.loads((tmp_path / "config.json").read_text()))
+    exponents = data.numpy_stream(0, data.SPEEDS).uniform(size=5)
+    assert experiment.speeds == [9.0 ** exponent for exponent in exponents]
+    times = sorted((24 * n / speed, k) for k, speed in enumerate(experiment.speeds)
+                   for n in range(1, 16))[:15]
+    for t, entry in enumerate(entries, start=1):
+        assert entry["clock"] == pytest.approx(times[5 * t - 1][0])
+    version, received, staleness = 0, dict.fromkeys(range(5), 0), []
+    for _, k in times:
+        staleness.append(version - received[k])
+        version += 1
+        received[k] = version
+    assert [entry["staleness_mean"] for entry in entries] == pytest.approx(
+        [sum(staleness[5 * t:5 * t + 5]) / 5 for t in range(3)])
+
+
+def test_asynchronous_runs_repeat_with_any_workers_and_resume_amid_their_events(tmp_path):
+    flags = [*ASYNC, "--method", "fedavg"]
+    whole = go(tmp_path / "one", *flags, "--rounds", "3", "--workers", "1")
+    assert go(tmp_path / "two", *flags, "--rounds", "3", "--workers", "2") == whole
+    go(tmp_path / "parts", *flags, "--rounds", "2")
+    assert go(tmp_path / "parts", "--resume", "--rounds", "3") == whole
+    assert result(tmp_path / "parts") == result(tmp_path / "one")
+
+
+def test_mixing_zero_never_moves_and_staleness_matters(tmp_path):
+    flags = [*ASYNC, "--method", "fedavg", "--rounds", "2"]
+    still = go(tmp_path / "still", *flags, "--mixing", "0")
+    assert still[0]["accuracy"] == still[1]["accuracy"]
+    runs = [go(tmp_path / kind, *flags, "--staleness", kind)
+            for kind in ("constant", "polynomial", "hinge")]
+    assert runs[0] == runs[2] != runs[1]  # with five clients nobody is beyond the hinge
 
 
 # ------------------------------------------------------------------------ the same bytes again
@@ -364,6 +601,69 @@ def test_ctrl_c_leaves_a_run_to_resume(tmp_path, whole):
     assert resumed_is(whole, tmp_path / "out")
 
 
+@pytest.fixture(scope="module")
+def whole_apfl(tmp_path_factory):
+    """An AP-FL run that was never stopped: its flags, metrics and result."""
+    flags = ["--method", "apfl", *DROPOUT, *FEW, "--synthetic-per-class", "20",
+             "--generator-steps", "20"]
+    out = tmp_path_factory.mktemp("apfl") / "out"
+    return flags, go(out, *flags), result(out)
+
+
+@pytest.mark.parametrize("stage", ["late", "generator", "friends"])
+def test_killed_in_a_stage_and_resumed_a_run_ends_as_if_never_stopped(stage, tmp_path, whole_apfl):
+    process = start(tmp_path / "out", *whole_apfl[0])
+    path = tmp_path / "out" / {"late": "metrics.jsonl", "generator": "checkpoint.pt",
+                               "friends": "samples.png"}[stage]
+
+    def has_come() -> bool:
+        if not path.exists():
+            return False
+        if stage == "late":
+            return path.read_bytes().count(b"\n") == 2
+        return stage == "friends" or "late" in torch.load(path, weights_only=True)["after"]
+
+    while process.poll() is None:
+        if has_come():
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.01)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert stage not in torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["after"]
+    assert resumed_is(whole_apfl, tmp_path / "out")
+
+
+def test_ctrl_c_in_the_generator_stage_keeps_the_stages_before(tmp_path, whole_apfl, monkeypatch,
+                                                               capsys):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train_generator", interrupted)
+    out = tmp_path / "out"
+    assert "--resume" in refused(capsys, *whole_apfl[0], "--out", str(out), status=130)
+    monkeypatch.undo()
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert saved["round"] == 2 and sorted(saved["after"]) == ["late"]
+    assert resumed_is(whole_apfl, out)
+
+
+def test_a_finished_apfl_run_may_grow_and_finished_twice_is_the_same(tmp_path, whole_apfl):
+    flags, entries, final = whole_apfl
+    out = tmp_path / "grown"
+    go(out, *flags[:flags.index("--rounds")], "--rounds", "1", *flags[flags.index("--rounds") + 2:])
+    assert "friend_accuracy" in lines(out)[0]
+    assert go(out, "--resume", "--rounds", "2") == entries and result(out) == final
+    assert go(out, "--resume") == entries and result(out) == final
+
+
+def test_a_generator_that_diverges_stops_the_run(tmp_path, monkeypatch, capsys):
+    plain = apfl.train_generator
+    monkeypatch.setattr(apfl, "train_generator", lambda *a, **o: plain(*a, **o, lr=1e30))
+    out = ["--out", str(tmp_path)]
+    assert "generator" in refused(capsys, *APFL, "--rounds", "1", *out, status=1)
+
+
 def test_resume_refuses_what_does_not_agree(tmp_path, capsys):
     out = ["--resume", "--out", str(tmp_path / "out")]
     assert "no run" in refused(capsys, *out)
@@ -451,6 +751,27 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_round_and_client(tmp_
     ("--partition pathological --classes-per-client 11", "more than the 10 classes"),
     ("--device quantum", "--device quantum cannot be used"),
     ("--resume", "no run"),
+    ("--method fedavg --beta 0.5", "--beta is not read by --method fedavg"),
+    ("--method fedavg --mixing 0.5", "--mixing is not read with this --aggregation"),
+    ("--method apfl --speed-spread 2", "--speed-spread is not read with this --aggregation"),
+    ("--method apfl --aggregation async --participation 0.5", "--participation is not read with "
+     "--aggregation async"),
+    ("--method apfl --word-vectors x.txt", "--word-vectors is not read with this --semantics"),
+    ("--aggregation async", "--aggregation async works with"),
+    ("--method fedavg --aggregation async", "--aggregation async needs one architecture"),
+    ("--method apfl --model resnets", "--method apfl needs one architecture"),
+    ("--missing-classes 0.2 --alpha 0.5", "--alpha is not read with --missing-classes"),
+    ("--missing-classes 0.2 --partition iid", "--partition is not read with --missing-classes"),
+    ("--missing-classes 0.2 --classes-per-client 2", "--classes-per-client is not read with"),
+    ("--missing-classes 0.9", "at least two classes"),
+    ("--missing-classes 0.3 --clients 2", "one client must take part"),
+    ("--missing-classes 1.2", "must be at most 1"),
+    ("--method apfl --beta 2", "--beta: must be at most 1"),
+    ("--method apfl --generator-batch 1", "--generator-batch: must be a whole number at least 2"),
+    ("--method apfl --semantics nowhere.npz", "no file nowhere.npz: check --semantics"),
+    ("--method apfl --semantics glove", "unknown semantics 'glove'"),
+    ("--method apfl --semantics word2vec", "name it by --word-vectors FILE"),
+    ("--method apfl --semantics word2vec --word-vectors nowhere.txt", "nowhere.txt cannot be read"),
 ])
 def test_bad_input_ends_in_one_line_that_names_it(flags, hint, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -527,9 +848,11 @@ def test_readme_names_only_flags_that_exist():
 
 
 def test_imports_run_downwards_only():
-    allowed = {"data": set(), "models": set(), "baselines": {"data", "models"},
+    allowed = {"data": set(), "models": set(), "generator": {"data", "models"},
+               "baselines": {"data", "generator", "models"},
                "fedin": {"baselines", "data", "models"},
-               "run": {"baselines", "data", "fedin", "models"}}
+               "apfl": {"baselines", "data", "generator", "models"},
+               "run": {"apfl", "baselines", "data", "fedin", "generator", "models"}}
     for name, below in allowed.items():
         tree = ast.parse((ROOT / f"{name}.py").read_text())
         used = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import)
@@ -539,7 +862,7 @@ def test_imports_run_downwards_only():
 
 
 def test_every_public_function_has_a_docstring():
-    for module in (baselines, data, fedin, models, run):
+    for module in (apfl, baselines, data, fedin, generator, models, run):
         for node in ast.parse(Path(module.__file__).read_text()).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 assert ast.get_docstring(node), f"{module.__name__}.{node.name}"
