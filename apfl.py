@@ -1,20 +1,21 @@
 """AP-FL: asynchronous personalised federated learning through global memorisation.
 
-Wan et al., Asynchronous Personalized Federated Learning through Global Memorization,
-arxiv.org/abs/2503.00407.  Equation numbers below are this paper's.  What others call APFL (Deng et
-al., Adaptive Personalized Federated Learning) is another method.
+Wan et al., Asynchronous Personalized Federated Learning through Global Memorization.  Equation and
+section numbers below are this paper's.  What others call APFL (Deng et al., Adaptive Personalized
+Federated Learning, arxiv.org/abs/2003.13461) is another method.
 
 In reading order, as it happens: federated training of the global model, in rounds or with updates
 that are mixed in as they arrive; after the last round memorisation (the server trains the generator
 of generator.py under the clients' models), friend models (each client trains one on synthetic
 samples), and decoupled interpolation of the two.
 
-symbol      name          what it is
-theta*      server["weights"]   the global model
-theta_k     own           client k's last upload, or the localised global model theta_k^l
-theta_k^f   friend        its friend model
-theta_k^p   personalise   its personalised model
-S_n, S_d                  clients that take part, clients that dropped out before the first round
+symbol       name                  what it is
+theta*       server["weights"]     the global model
+theta_k      server["teachers"]    client k's last upload; its owner has it too
+theta_k^l    own                   of clients that never took part: the localised global model
+theta_k^f    friend                its friend model
+theta_k^p    personalise(...)      its personalised model
+S_n, S_d                           clients that take part, and those that dropped out before round 1
 """
 
 import heapq

@@ -1,7 +1,7 @@
 """AP-FL's semantic generator: the network, its losses, its training, and the semantics A(y).
 
-Wan et al., Asynchronous Personalized Federated Learning through Global Memorization (AP-FL),
-arxiv.org/abs/2503.00407.  Equation numbers below are this paper's.
+Wan et al., Asynchronous Personalized Federated Learning through Global Memorization (AP-FL).
+Equation numbers below are this paper's.
 
 In reading order: the network (Eq. 11), the losses (Eq. 6-9), training without data, sampling, and
 where the semantic embeddings of the classes come from.

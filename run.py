@@ -336,8 +336,11 @@ def resolve(typed: dict) -> dict:
 
     partition = f"--partition {settings['partition']}"
     causes = {"alpha": partition, "classes_per_client": partition,
-              "data_dir": f"--dataset {dataset}", "word_vectors": "this --semantics",
-              **dict.fromkeys(ASYNC, "this --aggregation"), **fixed}
+              "data_dir": f"--dataset {dataset}", **fixed}
+    if "aggregation" in settings:
+        causes |= dict.fromkeys(ASYNC, "this --aggregation")
+    if "semantics" in settings:
+        causes["word_vectors"] = "this --semantics"
     for name in typed:
         if name in fixed or name not in settings:
             reason = f"with {causes[name]}" if name in causes else f"by --method {method}"

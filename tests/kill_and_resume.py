@@ -1,6 +1,8 @@
 """Kill a run at ten random moments, resume it each time, and compare it with one never stopped.
 
-    python -m tests.kill_and_resume [SEED]        some minutes; not collected by pytest
+    python -m tests.kill_and_resume [METHOD [SEED]]     some minutes; not collected by pytest
+
+METHOD is fedin (default), or apfl: the kills then fall into the stages after the last round too.
 
 Exits with status 1 if metrics.jsonl or result.json differ in anything but timings.
 """
@@ -15,9 +17,13 @@ import time
 from pathlib import Path
 
 KILLS = 10
-FLAGS = ("--train-images 300 --clients 6 --rounds 12 --local-epochs 1 --partition iid "
-         "--noise 0.1 --model resnet14").split()
-TIMINGS = r'"(seconds|images_per_second)": [0-9.]+'
+FLAGS = {
+    "fedin": ("--train-images 300 --clients 6 --rounds 12 --local-epochs 1 --partition iid "
+              "--noise 0.1 --model resnet14").split(),
+    "apfl": ("--method apfl --train-images 600 --clients 6 --rounds 5 --missing-classes 0.2 "
+             "--generator-steps 40 --generator-batch 4 --synthetic-per-class 40").split(),
+}
+TIMINGS = r'"([a-z]*_?seconds|images_per_second)": [0-9.]+'
 
 
 def start(out: Path, *flags: str) -> subprocess.Popen:
@@ -31,18 +37,18 @@ def outcome(out: Path) -> tuple[str, str]:
                  for name in ("metrics.jsonl", "result.json"))
 
 
-def main(seed: int) -> int:
+def main(flags: list[str], seed: int) -> int:
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         whole, parts = Path(folder) / "whole", Path(folder) / "parts"
         began = time.perf_counter()
-        if start(whole, *FLAGS).wait() != 0:
+        if start(whole, *flags).wait() != 0:
             raise RuntimeError("the run that is never stopped did not end well")
         length = time.perf_counter() - began
         kills = 0
         while kills < KILLS:
             resume = (parts / "config.json").exists()
-            process = start(parts, *(["--resume"] if resume else FLAGS))
+            process = start(parts, *(["--resume"] if resume else flags))
             try:
                 process.wait(timeout=rng.uniform(0.1, 0.5) * length)
             except subprocess.TimeoutExpired:
@@ -60,7 +66,7 @@ def main(seed: int) -> int:
                     print("a finished run differs")
                     return 1
                 parts = parts.with_name(parts.name + "-")
-        if start(parts, *(["--resume"] if (parts / "config.json").exists() else FLAGS)).wait() != 0:
+        if start(parts, *(["--resume"] if (parts / "config.json").exists() else flags)).wait() != 0:
             print("the last run did not end well")
             return 1
         alike = outcome(whole) == outcome(parts)
@@ -69,4 +75,5 @@ def main(seed: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 0))
+    method, seed = (*sys.argv[1:], *("fedin", "0")[len(sys.argv) - 1:])
+    sys.exit(main(FLAGS[method], int(seed)))
