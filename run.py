@@ -1065,7 +1065,7 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
         left.plot(rounds, [in_round(entry, name) for entry in history], marker=marker,
                   markersize=3, label=label, color=colour)
         if "global_accuracy" in last:
-            left.plot(rounds[-1], last[name], "*", markersize=10, color=colour,
+            left.plot(rounds[-1], last[name], "*", markersize=10, color=colour, clip_on=False,
                       label=f"{label}, at the end")
     right.plot(rounds, [entry["loss"] for entry in history], marker=marker, markersize=3,
                label="training images", color="C3")

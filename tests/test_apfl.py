@@ -9,7 +9,7 @@ import baselines
 import data
 import generator
 import models
-from tests.tiny import same
+from tiny import same
 
 COUNT = 24  # images of a client
 TRAIN = dict(local_epochs=2, batch_size=8)
