@@ -31,6 +31,7 @@ NOISE_DIM = 20  # d_z, the best of those in the paper's Fig. 5
 BALANCE = 0.5  # lambda, AP-FL Sec. 4.1
 GENERATOR_LR = 1e-3  # of Adam, as in the work that the network is from (the paper gives none)
 SAMPLE_BATCH = 250  # synthetic images made at a time
+HUGE = 1e100  # no embedding has such a number, and its square would overflow
 
 SEMANTICS = ("clip", "bert", "word2vec", "onehot", "segments")
 PROMPT = "a photo of a {}."  # what CLIP and BERT read; the paper does not state its own
@@ -49,12 +50,10 @@ class SemanticGenerator(nn.Module):
     which takes noise alone, with [z ; A(y)] for its input.  Its last batch normalisation gives each
     channel zero mean and unit deviation, which is what standardised training images have.
     semantics: (classes, d_A), kept as a buffer, so that the weights and A(y) travel together
-    last_norm: without it the image is what tanh gives, for data in -1..1
     4,590,083 parameters for d_z = 20, d_A = 512 and three channels.
     """
 
-    def __init__(self, semantics: Tensor, channels: int, noise_dim: int = NOISE_DIM, *,
-                 last_norm: bool = True):
+    def __init__(self, semantics: Tensor, channels: int, noise_dim: int = NOISE_DIM):
         super().__init__()
         self.noise_dim = noise_dim
         self.register_buffer("semantics", semantics)
@@ -72,7 +71,7 @@ class SemanticGenerator(nn.Module):
             nn.LeakyReLU(0.2, inplace=True),
             nn.Conv2d(64, channels, 3, padding=1),
             nn.Tanh(),
-            nn.BatchNorm2d(channels, affine=False) if last_norm else nn.Identity(),
+            nn.BatchNorm2d(channels, affine=False),
         )
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
@@ -231,6 +230,7 @@ def standardise_embeddings(embeddings: np.ndarray) -> Tensor:
     """
     if (embeddings == embeddings[0]).all():
         raise ValueError("all classes have the same embedding: nothing tells them apart")
+    embeddings = embeddings.astype(np.float64)  # whether fresh from an encoder or read from a file
     centred = embeddings - embeddings.mean(axis=0)
     return torch.from_numpy(centred / np.sqrt((centred**2).mean())).float()
 
@@ -275,7 +275,7 @@ def read_embeddings(path: str | Path, classes: Sequence[str]) -> np.ndarray:
         raise ValueError(f"{path} has no embedding of class {missing[0]!r}: its classes must be "
                          "named as those of the data set")
     chosen = embeddings[[names.index(name) for name in classes]].astype(np.float64)
-    if not (np.abs(chosen) < 1e100).all():
+    if not (np.abs(chosen) < HUGE).all():
         raise ValueError(f"{path}: embeddings hold NaN, infinite or huge numbers")
     return chosen
 
@@ -297,9 +297,10 @@ def read_word_vectors(path: str | None, classes: Sequence[str]) -> np.ndarray:
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             for line in file:
-                word, *numbers = line.split(None, 1)
-                if word in wanted and numbers:
-                    found[word] = parse_numbers(numbers[0])
+                word, _, numbers = line.strip().replace("\t", " ").partition(" ")
+                vector = parse_numbers(numbers) if word in wanted else None
+                if vector is not None:
+                    found[word] = vector
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as word vectors ({first_line(error)}): expected "
                          "text lines of a word and its numbers") from error
@@ -317,12 +318,12 @@ def read_word_vectors(path: str | None, classes: Sequence[str]) -> np.ndarray:
 
 
 def parse_numbers(text: str) -> np.ndarray | None:
-    """The finite numbers of a line, or None if it holds anything else (some files have such)."""
+    """The numbers of a line, or None if it holds anything else (some files have such lines)."""
     try:
         numbers = np.array(text.split(), dtype=np.float64)
     except ValueError:
         return None
-    return numbers if np.isfinite(numbers).all() else None
+    return numbers if len(numbers) and (np.abs(numbers) < HUGE).all() else None
 
 
 def words_of(name: str) -> list[str]:

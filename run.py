@@ -484,9 +484,12 @@ def prepare_experiment(settings: dict) -> Experiment:
 def read_semantics(settings: dict, classes: list[str]) -> torch.Tensor:
     """The embeddings A(y) of the classes; what a text encoder gives is kept beside the data."""
     cache = None
-    if "data_dir" in settings:
+    if settings["semantics"] in ("clip", "bert"):
         name = f"{settings['semantics']}-{Path(settings['dataset']).stem}.npz"
         cache = Path(settings["data_dir"]) / name
+        if not cache.exists():
+            print(f"encoding the class names with {settings['semantics']}, whose weights are "
+                  "downloaded at first use", flush=True)
     return generator.load_semantics(settings["semantics"], classes, cache=cache,
                                     word_vectors=settings.get("word_vectors"))
 
