@@ -134,7 +134,7 @@ def share_outside_training(folder: Path) -> None:
         spent.clear()
         start = time.perf_counter()
         server, memory, figures = run.train_round(experiment, pool, t, server, {})
-        timed(run.save_checkpoint, folder, run.Progress(t, server, memory, figures))
+        timed(run.save_checkpoint, folder, run.Progress(t, server, memory, figures, {}, {}))
         timed(run.append_metrics, folder / "metrics.jsonl", {"round": t, **figures})
         whole = time.perf_counter() - start
         shares.append(sum(spent) / whole)
