@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +56,10 @@ def result(out: Path) -> dict:
 
 
 def start(out: Path, *flags: str) -> subprocess.Popen:
-    """A run as a process of its own."""
+    """A run as a process of its own, which hears Ctrl-C also where the tests run in background."""
     return subprocess.Popen([sys.executable, str(ROOT / "run.py"), *flags, "--out", str(out)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
 
 
 def refused(capsys, *flags: str, status: int = 2) -> str:
