@@ -1,14 +1,21 @@
 """Networks and the arithmetic of their weights.  A leaf: knows nothing of rounds or data sets.
 
-In reading order: the CNN of AP-FL and the ResNets of FedIN; which architecture a client has;
-weights as state dicts: copies, sizes, averages, interpolation; prediction.
+In reading order: the CNN of AP-FL and the ResNets of FedIN; ResNets of any width, with exits, for
+HeteroFL, FedRolex and ScaleFL; which architecture a client has; weights as state dicts: copies,
+sizes, averages, interpolation; sub-models as index sets into a larger network; prediction.
 
 Every network is classifier(intermediate(extractor(x))).  The three parts are submodules of these
-names, so the part that a weight belongs to is the first word of its name.
+names, so the part that a weight belongs to is the first word of its name.  (Of a network with
+several exits, intermediate is a sequence of sections, and classifier has a head for each.)
 """
 
+import functools
+import math
+import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +30,20 @@ RESNET_BLOCKS = {  # residual blocks in the four stages; each net contains the o
     "resnet22": (2, 2, 3, 3),
     "resnet26": (3, 3, 3, 3),
 }
+WIDTH_RESNETS = {  # pre-activation nets that are cut by width; the options of WidthResNet
+    # HeteroFL's nets begin with stride 1; 2 makes ResNet18 four times as fast, for use on a CPU.
+    "resnet18": {"blocks": (2, 2, 2, 2), "bottleneck": False, "stem_stride": 2},
+    "resnet152": {"blocks": (3, 8, 36, 3), "bottleneck": True, "stem_stride": 1},
+}
+RATES = ("1/16", "1/8", "1/4", "1/2", "1")  # widths e to a of HeteroFL's "a1-b1-c1-d1-e1"
+EXITS = (1/2, 5/8, 3/4, 7/8, 1)  # share of the blocks before an exit of ScaleFL, for five levels
 MODELS = {  # what --model offers: the architectures of a federation, small to large
     "cnn": ("cnn",),
     "resnets": tuple(RESNET_BLOCKS),
     **{name: (name,) for name in RESNET_BLOCKS},
+    **{f"{net}-widths": tuple(f"{net}-{rate}" for rate in RATES) for net in WIDTH_RESNETS},
 }
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch normalisation
 TEST_BATCH = 250  # images; fastest on a CPU between 128 and 256, at 1,024 twice as slow
 
 # ----------------------------------------------------------------------------------------- networks
@@ -38,9 +54,10 @@ class CNN(nn.Module):
 
     The first convolution block is the extractor, the second with the 512-unit layer the
     intermediate layers.  878,538 parameters for three channels and ten classes, no buffers.
+    projection: see classifier_layers
     """
 
-    def __init__(self, channels: int, num_classes: int):
+    def __init__(self, channels: int, num_classes: int, *, projection: int | None = None):
         super().__init__()
         self.extractor = nn.Sequential(OrderedDict(
             conv1=nn.Conv2d(channels, 32, 5),  # 32 -> 28
@@ -55,7 +72,7 @@ class CNN(nn.Module):
             fc1=nn.Linear(1600, 512),
             relu3=nn.ReLU(inplace=True),
         ))
-        self.classifier = nn.Sequential(OrderedDict(fc=nn.Linear(512, num_classes)))
+        self.classifier = nn.Sequential(classifier_layers(512, num_classes, projection))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.intermediate(self.extractor(x)))
@@ -66,10 +83,11 @@ class ResNet(nn.Module):
 
     blocks: residual blocks in each of the four stages
     cut: the last layer of the extractor, "stem" or "layer1" (README, "Where the papers are silent")
+    projection: see classifier_layers
     """
 
     def __init__(self, blocks: Sequence[int], channels: int, num_classes: int, *,
-                 cut: str = "stem"):
+                 cut: str = "stem", projection: int | None = None):
         super().__init__()
         stem = OrderedDict(
             conv1=nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False),  # 32 -> 16
@@ -88,7 +106,8 @@ class ResNet(nn.Module):
         self.extractor = nn.Sequential(stem)
         self.intermediate = nn.Sequential(stages)
         self.classifier = nn.Sequential(OrderedDict(
-            avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(512, num_classes)))
+            avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(),
+            **classifier_layers(512, num_classes, projection)))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -107,11 +126,135 @@ def resnet_stage(width_in: int, width: int, blocks: int, stride: int) -> nn.Sequ
     return nn.Sequential(first, *(BasicBlock(width, width) for _ in range(blocks - 1)))
 
 
+def classifier_layers(width: int, num_classes: int,
+                      projection: int | None) -> OrderedDict[str, nn.Module]:
+    """The last layer, fc, and before it, if asked for, MOON's projection head of so many outputs."""
+    layers = OrderedDict()
+    if projection is not None:
+        layers["projection"] = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True),
+                                             nn.Linear(width, projection))
+    layers["fc"] = nn.Linear(projection or width, num_classes)
+    return layers
+
+
+def representation(model: nn.Module, x: Tensor) -> Tensor:
+    """What the last layer of a CNN or ResNet receives, (B, width)."""
+    return model.classifier[:-1](model.intermediate(model.extractor(x)))
+
+
+# ------------------------------------------------------------------- networks of any width and depth
+
+
+class Scaler(nn.Module):
+    """Divide by the width rate in training (HeteroFL): sums over fewer channels are smaller."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.rate if self.training else x
+
+
+def scaled_norm(width: int, rate: float) -> nn.Sequential:
+    """Scaler, static batch normalisation, ReLU.
+
+    Static (HeteroFL): by the statistics of the batch, keeping none; see collect_statistics.
+    """
+    return nn.Sequential(Scaler(rate), nn.BatchNorm2d(width, track_running_stats=False), nn.ReLU())
+
+
+class PreActivationBlock(nn.Module):
+    """A residual block that normalises before each convolution; a bottleneck has three of them."""
+
+    def __init__(self, width_in: int, width: int, stride: int, rate: float, bottleneck: bool):
+        super().__init__()
+        self.norm = scaled_norm(width_in, rate)
+        self.width_out = 4 * width if bottleneck else width
+        if bottleneck:
+            self.body = nn.Sequential(
+                nn.Conv2d(width_in, width, 1, bias=False), scaled_norm(width, rate),
+                nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False),
+                scaled_norm(width, rate),
+                nn.Conv2d(width, self.width_out, 1, bias=False))
+        else:
+            self.body = nn.Sequential(
+                nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False),
+                scaled_norm(width, rate),
+                nn.Conv2d(width, width, 3, padding=1, bias=False))
+        self.shortcut = None
+        if stride != 1 or width_in != self.width_out:
+            self.shortcut = nn.Conv2d(width_in, self.width_out, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm(x)
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        return self.body(out) + shortcut
+
+
+class WidthResNet(nn.Module):
+    """HeteroFL's pre-activation ResNet at a rate of its width, with one exit or with ScaleFL's.
+
+    blocks: residual blocks in each of the four stages, of 64, 128, 256 and 512 channels x rate
+    exits: after how many blocks there is a head (normalisation, pooling, fc); the network ends with
+        the last of them.  None: one head, after all blocks
+    Without exits and at rate 1, ResNet152 has 58,148,938 parameters (three channels, ten classes).
+    """
+
+    def __init__(self, blocks: Sequence[int], channels: int, num_classes: int, *, bottleneck: bool,
+                 stem_stride: int, rate: float = 1.0, exits: Sequence[int] | None = None):
+        super().__init__()
+        widths = [math.ceil(rate * full) for full in (64, 128, 256, 512)]
+        self.extractor = nn.Sequential(OrderedDict(conv1=nn.Conv2d(
+            channels, widths[0], 3, stride=stem_stride, padding=1, bias=False)))
+        body, width_in = [], widths[0]
+        for stage, (count, width) in enumerate(zip(blocks, widths)):
+            for block in range(count):
+                stride = 2 if stage > 0 and block == 0 else 1
+                body.append(PreActivationBlock(width_in, width, stride, rate, bottleneck))
+                width_in = body[-1].width_out
+        ends = exits or (len(body),)
+        self.intermediate = nn.Sequential(*(nn.Sequential(*body[start:end])
+                                            for start, end in pairwise((0, *ends))))
+        self.classifier = nn.ModuleList(nn.Sequential(OrderedDict(
+            norm=scaled_norm(body[end - 1].width_out, rate), avgpool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(), fc=nn.Linear(body[end - 1].width_out, num_classes)))
+            for end in ends)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier[-1](self.intermediate(self.extractor(x)))
+
+    def exit_logits(self, x: Tensor) -> list[Tensor]:
+        """The logits (B, classes) of every exit, first to last."""
+        x, logits = self.extractor(x), []
+        for section, head in zip(self.intermediate, self.classifier):
+            x = section(x)
+            logits.append(head(x))
+        return logits
+
+
+def with_exits(architectures: Sequence[str]) -> tuple[str, ...]:
+    """ScaleFL's levels of width-scaled architectures: the wider one is, the more exits it has."""
+    return tuple(f"{arch}-exit{level}" for level, arch in enumerate(architectures, start=1))
+
+
 def build(arch: str, channels: int, num_classes: int) -> nn.Module:
-    """A new network of an architecture; its weights are drawn from torch's global generator."""
+    """A new network of an architecture; its weights are drawn from torch's global generator.
+
+    Names of architectures are those of MODELS, and of with_exits: "cnn", "resnet10",
+    "resnet18-1/4" (ResNet18 at a quarter of its width), "resnet18-1/4-exit3" (up to its third exit).
+    """
     if arch == "cnn":
         return CNN(channels, num_classes)
-    return ResNet(RESNET_BLOCKS[arch], channels, num_classes)
+    if arch in RESNET_BLOCKS:
+        return ResNet(RESNET_BLOCKS[arch], channels, num_classes)
+    net, rate, *level = arch.split("-")
+    options, exits = WIDTH_RESNETS[net], None
+    if level:
+        shares = EXITS[: int(level[0].removeprefix("exit"))]
+        exits = [math.ceil(share * sum(options["blocks"])) for share in shares]
+    return WidthResNet(channels=channels, num_classes=num_classes, rate=float(Fraction(rate)),
+                       exits=exits, **options)
 
 
 def build_empty(arch: str, channels: int, num_classes: int, device: torch.device) -> nn.Module:
@@ -119,6 +262,12 @@ def build_empty(arch: str, channels: int, num_classes: int, device: torch.device
     with torch.device("meta"):
         model = build(arch, channels, num_classes)
     return model.to_empty(device=device)
+
+
+@functools.cache
+def shapes(arch: str, channels: int, num_classes: int) -> State:
+    """The state dict of an architecture without content: names, shapes and types (meta tensors)."""
+    return build_empty(arch, channels, num_classes, torch.device("meta")).state_dict()
 
 
 def architecture_of(client: int, num_clients: int, architectures: Sequence[str]) -> str:
@@ -145,9 +294,22 @@ def initial_weights(architectures: Sequence[str], channels: int, num_classes: in
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(rng.get_state())
         whole = build(architectures[-1], channels, num_classes).to(device).state_dict()
-    names = {arch: build_empty(arch, channels, num_classes, torch.device("meta")).state_dict()
-             for arch in architectures}
-    return {arch: {name: whole[name] for name in names[arch]} for arch in architectures}
+    return {arch: {name: whole[name] for name in shapes(arch, channels, num_classes)}
+            for arch in architectures}
+
+
+def is_parameter(name: str) -> bool:
+    """Whether a weight of this name is trained; the others are buffers of batch normalisation."""
+    return name.split(".")[-1] not in BUFFERS
+
+
+def block_of(name: str) -> tuple[str, int, str] | None:
+    """(stage, block, rest) of a weight in a residual block of a ResNet, else None.
+
+    "intermediate.layer3.1.conv2.weight" is ("intermediate.layer3", 1, "conv2.weight").
+    """
+    match = re.fullmatch(r"(.+\.layer\d)\.(\d+)\.(.+)", name)
+    return match and (match[1], int(match[2]), match[3])
 
 
 def tensors_in(payload: object) -> Iterator[Tensor]:
@@ -165,13 +327,15 @@ def num_bytes(payload: object) -> int:
 
 
 def average(old: State, uploads: Mapping[int, State], counts: Mapping[int, int], *,
-            uniform: bool = False) -> State:
+            uniform: bool = False, held: Mapping[int, "IndexSets"] | None = None) -> State:
     """Average each weight over the clients that hold it: sum_k n_k y_k / sum_k n_k.
 
     old: the weights to average into; one that no upload holds keeps its old value
     uploads: client id -> the weights it sent, any subset of old's names
     counts: client id -> n_k, its number of training images (FedAvg; FedIN Eq. 2)
     uniform: count every client once, as released code of the field does
+    held: client id -> where its weights, which may be narrower than old's, belong in them; the
+        average is then taken coordinate by coordinate (HeteroFL)
     The sum runs in float64 in ascending client id and is cast back once; integers are truncated.
     With integer n_k it is exact where all uploads agree, so unchanged weights stay unchanged, a
     single holder's weights pass through, and the order of arrival does not matter, bit for bit.
@@ -183,38 +347,48 @@ def average(old: State, uploads: Mapping[int, State], counts: Mapping[int, int],
             new[name] = tensor
             continue
         total = torch.zeros_like(tensor, dtype=torch.float64)
-        for k in holders:
-            total.add_(uploads[k][name], alpha=1 if uniform else counts[k])
-        total /= len(holders) if uniform else sum(counts[k] for k in holders)
+        if held is None:
+            for k in holders:
+                total.add_(uploads[k][name], alpha=1 if uniform else counts[k])
+            total /= len(holders) if uniform else sum(counts[k] for k in holders)
+        else:
+            count = torch.zeros_like(total)
+            for k in holders:
+                place, n = grid(held[k][name]), 1 if uniform else counts[k]
+                total[place] += n * uploads[k][name].double()
+                count[place] += n
+            total = torch.where(count > 0, total / count, tensor)
         new[name] = total.to(tensor.dtype)
     return new
 
 
 def layerwise_average(weights: Mapping[str, State], uploads: Mapping[int, State],
-                      counts: Mapping[int, int], *,
-                      uniform: bool = False) -> dict[str, State]:
+                      counts: Mapping[int, int], *, uniform: bool = False,
+                      rule: Callable = average) -> dict[str, State]:
     """Layer-wise heterogeneous average: layers of the same name are averaged across architectures.
 
     weights: architecture -> its current weights; tensors of one name are equal in all of them,
         before and after
+    rule: what makes new weights of old ones and uploads, if not average itself
     Source: FedIN, Sec. 4.4.  For a single architecture it is FedAvg's average.
     """
     whole = {name: tensor for state in weights.values() for name, tensor in state.items()}
-    new = average(whole, uploads, counts, uniform=uniform)
+    new = rule(whole, uploads, counts, uniform=uniform)
     return {arch: {name: new[name] for name in state} for arch, state in weights.items()}
 
 
 def per_architecture_average(weights: Mapping[str, State], uploads: Mapping[int, State],
-                             counts: Mapping[int, int], *,
-                             uniform: bool = False) -> dict[str, State]:
+                             counts: Mapping[int, int], *, uniform: bool = False,
+                             rule: Callable = average) -> dict[str, State]:
     """FedAvg's average within each architecture, nothing shared between them (FedIN, Table 3).
 
     An upload belongs to the architecture whose weights have the same names.
+    rule: as of layerwise_average
     """
     new = {}
     for arch, state in weights.items():
         own = {k: sent for k, sent in uploads.items() if sent.keys() == state.keys()}
-        new[arch] = average(state, own, counts, uniform=uniform)
+        new[arch] = rule(state, own, counts, uniform=uniform)
     return new
 
 
@@ -226,6 +400,71 @@ def interpolate(start: State, end: State, weight: float) -> State:
     """
     return {name: torch.lerp(tensor.double(), end[name].double(), weight).to(tensor.dtype)
             for name, tensor in start.items()}
+
+
+# --------------------------------------------------------------------------------------- sub-models
+
+IndexSets = dict[str, tuple[Tensor, ...]]  # name -> of its first two dimensions, which indices
+
+
+def index_sets(whole: State, part: State, *, start: int = 0,
+               classes: Tensor | None = None) -> IndexSets:
+    """Where the weights of a narrower network lie in those of the whole one.
+
+    A sub-model has n consecutive channels of a layer's C, counted modulo C:
+    start, start + 1, ..., start + n - 1.  Layers of equal C have the same, so that what one puts out
+    is what the next takes in, and the two sides of a residual sum agree.  Image channels and
+    classes are never cut.
+
+    part: its weights; only names, which may be some of whole's, and shapes (n) are read
+    start: 0 in HeteroFL (Algorithm 1), the number of the round in FedRolex (Algorithm 1)
+    classes: the rows of fc that part holds, if not all
+    """
+    sets = {}
+    for name, tensor in part.items():
+        device = whole[name].device
+        sets[name] = tuple((torch.arange(n, device=device) + start) % size
+                           for n, size in zip(tensor.shape[:2], whole[name].shape))
+        if name.startswith("extractor."):
+            sets[name] = (sets[name][0], torch.arange(tensor.shape[1], device=device))
+        if name.split(".")[-2] == "fc":
+            rows = torch.arange(len(whole[name]), device=device) if classes is None else classes
+            sets[name] = (rows, *sets[name][1:])
+    return sets
+
+
+def grid(indices: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """One or two index sets in the form that picks every combination of their elements."""
+    return tuple(index.unflatten(0, (-1, *[1] * (len(indices) - 1 - dim)))
+                 for dim, index in enumerate(indices))
+
+
+def extract(whole: State, sets: IndexSets) -> State:
+    """The sub-model's weights, a copy."""
+    return {name: whole[name][grid(indices)] for name, indices in sets.items()}
+
+
+@torch.no_grad()
+def collect_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Give static batch normalisation the statistics to predict with, in place (HeteroFL).
+
+    They are the means over batches of the network's inputs (B, C, H, W), as if in training but for
+    the scalers, which rest in evaluation too.  A network that keeps statistics is left as it is.
+    """
+    layers = [layer for layer in model.modules()
+              if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is None]
+    if not layers:
+        return
+    model.eval()
+    for layer in layers:
+        layer.track_running_stats, layer.momentum = True, None  # None: the plain mean over batches
+        layer.running_mean = torch.zeros_like(layer.weight)
+        layer.running_var = torch.ones_like(layer.weight)
+        layer.num_batches_tracked = torch.zeros((), dtype=torch.int64)
+        layer.train()
+    for x in batches:
+        model(x)
+    model.eval()
 
 
 # --------------------------------------------------------------------------------------- prediction

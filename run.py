@@ -71,6 +71,17 @@ METHODS = {
     "fedavg": FEDAVG,
     "fedavg-ft": FEDAVG._replace(trains_late=baselines.fedavg_ft_trains_late),
     "fedprox": FEDAVG._replace(client_update=baselines.fedprox_client_update),
+    "scaffold": FEDAVG._replace(init=baselines.scaffold_init,
+                                download=baselines.scaffold_download,
+                                client_update=baselines.scaffold_client_update,
+                                server_update=baselines.scaffold_server_update,
+                                initial_memory=baselines.scaffold_initial_memory),
+    "fednova": FEDAVG._replace(client_update=baselines.fednova_client_update,
+                               server_update=baselines.fednova_server_update),
+    "moon": FEDAVG._replace(client_update=baselines.moon_client_update,
+                            initial_memory=baselines.moon_initial_memory),
+    "inclusivefl": FEDAVG._replace(server_update=baselines.inclusivefl_server_update),
+    "inco": FEDAVG._replace(server_update=baselines.inco_server_update),
     "fedin": FEDAVG._replace(init=fedin.fedin_init, download=fedin.fedin_download,
                              client_update=fedin.fedin_client_update,
                              server_update=fedin.fedin_server_update),
@@ -84,6 +95,11 @@ METHOD_DEFAULTS = {  # the flags that a method reads beside the common ones
     "fedavg": {"aggregation": "layerwise"},
     "fedavg-ft": {"aggregation": "layerwise"},
     "fedprox": {"aggregation": "layerwise", "mu": baselines.FEDPROX_MU},
+    "scaffold": {"aggregation": "layerwise"},
+    "fednova": {"aggregation": "layerwise"},
+    "moon": {"aggregation": "layerwise", "mu": baselines.MOON_MU},
+    "inclusivefl": {"aggregation": "layerwise"},
+    "inco": {"aggregation": "layerwise"},
     "fedin": {"aggregation": "layerwise", "mu": fedin.MU, "noise": 0.0, "projection": "simplified",
               "feature_batch_size": fedin.FEATURE_BATCH_SIZE,
               "feature_batches": fedin.FEATURE_BATCHES, "ablate": []},
@@ -497,7 +513,7 @@ def read_semantics(settings: dict, classes: list[str]) -> torch.Tensor:
 def bind(method: Method, settings: dict) -> Method:
     """The method with every keyword argument of its functions that is also a setting filled in."""
     values = settings | {"aggregation": AGGREGATIONS.get(settings.get("aggregation")),
-                         "balance": settings.get("lambda")}
+                         "balance": settings.get("lambda"), "num_clients": settings["clients"]}
 
     def fill(function):
         if function is None:
@@ -646,7 +662,7 @@ def train_arrivals(experiment: Experiment, pool: ThreadPoolExecutor, t: int, ser
         share = settings["mixing"] * apfl.staleness_weight(staleness[-1], settings["staleness"])
         server = method.server_update(
             server, {k: result.update},
-            aggregation=lambda weights, uploads, counts, uniform: apfl.mix(weights, uploads, share))
+            aggregation=lambda weights, uploads, counts, **_: apfl.mix(weights, uploads, share))
         version += 1
         flights[k] = depart(k, flight["work"] + 1, now)
         due[k] -= 1

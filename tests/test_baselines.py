@@ -1,4 +1,4 @@
-"""FedAvg, FedProx and Local: identities between them, and against plain loops written out here."""
+"""FedAvg and the other baselines: identities between them, and against loops written out here."""
 
 import copy
 
@@ -166,3 +166,89 @@ def test_local_sends_nothing_keeps_its_model_and_uses_it():
     assert baselines.local_server_update(server, {0: second.update}) is server
     assert baselines.local_deploy(server, client(3), None) == ("tiny", server["weights"]["tiny"])
     assert baselines.local_deploy(server, client(3), second.kept) == (3, second.kept)
+
+
+# ------------------------------------------------------------------------------ identities: FedAvg
+
+
+def resnet_states(archs=("resnet10", "resnet14", "resnet18"), seed: int = 0) -> dict:
+    """Weights by architecture, shared between them, of ResNets a tenth as large: blocks alone."""
+    whole = {}
+    rng = torch.Generator().manual_seed(seed)
+    for arch in archs:
+        for name, tensor in models.shapes(arch, 1, 10).items():
+            if name not in whole:
+                shape = [min(size, 6) if dim < 2 else size for dim, size in enumerate(tensor.shape)]
+                if models.is_parameter(name):
+                    whole[name] = torch.randn(shape, generator=rng)
+                else:
+                    whole[name] = torch.randint(1, 9, shape, generator=rng).to(tensor.dtype)
+    return {arch: {name: whole[name] for name in models.shapes(arch, 1, 10)} for arch in archs}
+
+
+def uploads_of(weights: dict, archs, seed: int = 1) -> dict:
+    """Client id -> an update of its architecture's weights, moved at random."""
+    rng = torch.Generator().manual_seed(seed)
+    return {k: baselines.Update(
+        {name: tensor + (torch.randn(tensor.shape, generator=rng) if models.is_parameter(name) else 1)
+         for name, tensor in weights[arch].items()}, 10 + k) for k, arch in enumerate(archs)}
+
+
+ARCHS = ["resnet10", "resnet14", "resnet18"]
+AGGREGATIONS = [models.layerwise_average, models.per_architecture_average]
+
+
+def all_same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(same(a[arch], b[arch]) for arch in a)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_switched_off_the_server_rules_are_fedavgs(aggregation):
+    server = baselines.fedavg_init(resnet_states())
+    updates = uploads_of(server["weights"], ARCHS * 2)
+    plain = baselines.fedavg_server_update(server, updates, aggregation=aggregation)["weights"]
+    off = baselines.inco_server_update(server, updates, aggregation=aggregation, cross_layer=False)
+    assert all_same(off["weights"], plain)
+    on = baselines.inco_server_update(server, updates, aggregation=aggregation)
+    assert not all_same(on["weights"], plain)
+    equal = {k: baselines.NovaUpdate(*update, 7.0) for k, update in updates.items()}
+    nova = baselines.fednova_server_update(server, equal, aggregation=aggregation)
+    assert all_same(nova["weights"], plain)
+    unequal = {k: baselines.NovaUpdate(*update, 7.0 + k) for k, update in updates.items()}
+    nova = baselines.fednova_server_update(server, unequal, aggregation=aggregation)
+    assert not all_same(nova["weights"], plain)
+
+
+@pytest.mark.parametrize("update", [baselines.inco_server_update,
+                                    baselines.inclusivefl_server_update])
+def test_a_federation_of_resnet10_alone_has_nothing_to_transfer(update):
+    server = baselines.fedavg_init(resnet_states(["resnet10"]))
+    updates = uploads_of(server["weights"], ["resnet10"] * 3)
+    assert all_same(update(server, updates)["weights"],
+                    baselines.fedavg_server_update(server, updates)["weights"])
+
+
+def test_the_first_round_of_scaffold_is_fedavgs_with_twice_the_traffic():
+    server = baselines.scaffold_init({"tiny": received()})
+    down = baselines.scaffold_download(server, client(), stream)
+    assert models.num_bytes(down.variate) == sum(4 * p.numel() for p in tiny_net().parameters())
+    kept = baselines.scaffold_initial_memory(server, client())
+    ours = baselines.scaffold_client_update(*adam(), down, tiny_data(), stream, kept, **EPOCHS)
+    plain = baselines.fedavg_client_update(*adam(), received(), tiny_data(), stream, **EPOCHS)
+    assert same(ours.update.weights, plain.update.weights) and ours.loss == plain.loss
+    again = baselines.scaffold_client_update(*adam(), down, tiny_data(), stream, ours.kept, **EPOCHS)
+    assert not same(again.update.weights, plain.update.weights)
+    after = baselines.scaffold_server_update(server, {0: ours.update}, num_clients=1)["weights"]
+    assert all_same(after, baselines.fedavg_server_update(server, {0: plain.update})["weights"])
+
+
+def test_moon_with_mu_zero_is_fedavg_and_keeps_its_model():
+    previous = models.copy_state(tiny_net(8))
+    ours = baselines.moon_client_update(*adam(), received(), tiny_data(), stream, previous, mu=0.0,
+                                        **EPOCHS)
+    plain = baselines.fedavg_client_update(*adam(), received(), tiny_data(), stream, **EPOCHS)
+    assert same(ours.update.weights, plain.update.weights) and ours.loss == plain.loss
+    assert same(ours.kept, ours.update.weights)
+    pulled = baselines.moon_client_update(*adam(), received(), tiny_data(), stream, previous,
+                                          **EPOCHS)
+    assert not same(pulled.update.weights, plain.update.weights)
