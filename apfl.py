@@ -20,14 +20,13 @@ S_n, S_d                           clients that take part, and those that droppe
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from baselines import (Client, Result, Stream, Update, fedavg_client_update, fedavg_init,
-                       fedavg_server_update)
+from baselines import (Client, LabelledUpdate, Result, Stream, Update, fedavg_client_update,
+                       fedavg_init, fedavg_server_update, with_class_counts)
 from data import BATCHES, FRIEND_BATCHES, SYNTHETIC, ClientData
 from generator import BALANCE, SemanticGenerator, class_weights, sample, train_generator
 from models import State, interpolate, layerwise_average
@@ -43,14 +42,6 @@ MIXING = 0.6  # alpha of Xie et al., Asynchronous Federated Optimization, arxiv.
 # ------------------------------------------------------ federated training of the global model
 
 
-class LabelledUpdate(NamedTuple):
-    """What a client sends to the server."""
-
-    weights: State
-    num_samples: int  # n_k
-    class_counts: Tensor  # (C,) int64, n_k^y, its training images by class
-
-
 def apfl_init(weights: dict[str, State]) -> dict:
     """The server's state: global weights, and of each client its last upload, a teacher later."""
     return {**fedavg_init(weights), "teachers": {}}
@@ -61,8 +52,7 @@ def apfl_client_update(model: nn.Module, optimizer: Optimizer, received: State, 
     """FedAvg's update; what is sent tells besides how many images of each class the client has."""
     result = fedavg_client_update(model, optimizer, received, data, stream,
                                   local_epochs=local_epochs, batch_size=batch_size)
-    counts = data.labels[data.indices].bincount(minlength=model.classifier.fc.out_features)
-    return result._replace(update=LabelledUpdate(*result.update, counts))
+    return with_class_counts(result, data)
 
 
 def apfl_server_update(server: dict, updates: Mapping[int, LabelledUpdate], *,

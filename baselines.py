@@ -53,7 +53,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -61,9 +61,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from data import BATCHES, ClientData, batches, samples_per_epoch
-from models import (State, architecture_of, average, block_of, copy_state, interpolate, is_parameter,
-                    layerwise_average, per_architecture_average, representation)
+from data import (BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, LATENT, PROXY_BATCHES, RATE,
+                  ClientData, batches, samples_per_epoch)
+from generator import (class_weights, initial_latent_generator, load_latent_generator,
+                       sample_latents, train_latent_generator)
+from models import (State, architecture_of, average, block_of, copy_state, extract, index_sets,
+                    interpolate, is_parameter, layerwise_average, per_architecture_average,
+                    predict_logits, representation, shapes)
 
 FEDPROX_MU = 0.1  # mu; FedIN prints mu/2 = 0.05 for FedProx and for itself (Sec. 5.1)
 FEDPROX_MU_APFL = 0.01  # mu in AP-FL's setting, where the paper gives none
@@ -72,6 +76,18 @@ MOON_TEMPERATURE = 0.5  # tau
 INCO_STEP_LIMIT = 5.0  # of theta, in the released code of InCo
 INCO_UPDATE_LIMIT = 0.1  # of an entry of the combined update, likewise
 INCLUSIVE_MOMENTUM = 0.2  # beta of InclusiveFL's released code
+CLIP = 1.0  # of the gradient's norm, in the released code of HeteroFL and FedRolex
+SELF_DISTILLATION = 0.0  # gamma of ScaleFL's released code; it trains BERT with 0.05
+SCALEFL_TEMPERATURE = 3.0  # of self-distillation
+SCALEFL_WARM_UP = 0.25  # share of the rounds before it begins
+FEDGEN_WEIGHT = 10.0  # of FedGen's two terms in the first round that has them
+FEDGEN_DECAY = 0.98  # of these weights and of the generator's learning rate, a round
+FEDGEN_STEPS = 50  # of the generator, a round
+FEDGEN_BATCH = 32  # latents a step, on the server as on a client
+DISTILLATION_STEPS = 500  # FedDF's released code has up to 10,000
+DISTILLATION_BATCH = 64  # proxy images a step
+DISTILLATION_LR = 1e-3  # of Adam, falling to 0 along a cosine
+DISTILLATION_CLIP = 5.0  # of the gradient's norm
 
 Stream = Callable[[int], torch.Generator]
 
@@ -89,6 +105,14 @@ class Update(NamedTuple):
 
     weights: State
     num_samples: int  # n_k, its number of training images
+
+
+class LabelledUpdate(NamedTuple):
+    """The same, where the server has to know besides which classes a client knows."""
+
+    weights: State
+    num_samples: int  # n_k
+    class_counts: Tensor  # (C,) int64, n_k^y, its training images by class
 
 
 class Result(NamedTuple):
@@ -157,6 +181,19 @@ def fedavg_server_update(server: dict, updates: Mapping[int, Update], *,
                           {k: update.num_samples for k, update in updates.items()},
                           uniform=uniform, rule=rule)
     return {**server, "weights": weights}
+
+
+def with_class_counts(result: Result, data: ClientData) -> Result:
+    """The same result, whose update tells besides how many images of each class the client has."""
+    num_classes = len(result.update.weights["classifier.fc.bias"])
+    counts = data.labels[data.indices].bincount(minlength=num_classes)
+    return result._replace(update=LabelledUpdate(*result.update, counts))
+
+
+def senders(weights: Mapping[str, State], updates: Mapping[int, Any]) -> dict[int, str]:
+    """Client -> its architecture, which is the one whose weights have the same names."""
+    return {k: arch for k, update in updates.items() for arch, state in weights.items()
+            if update.weights.keys() == state.keys()}
 
 
 def fedavg_deploy(server: dict, client: Client, kept: None) -> tuple[str, State]:
@@ -552,8 +589,7 @@ def inclusivefl_server_update(server: dict, updates: Mapping[int, Update], *,
     Buffers of batch normalisation have no gradient: they are averaged alone.
     """
     weights, tops = server["weights"], top_blocks(server["weights"])
-    sender = {k: arch for k, update in updates.items() for arch, state in weights.items()
-              if update.weights.keys() == state.keys()}
+    sender = senders(weights, updates)
 
     def with_own_tops(arch: str, state: State) -> State:
         own = tuple(f"{stage}.{blocks[0]}." for stage, (blocks, _) in tops.get(arch, {}).items())
@@ -574,4 +610,318 @@ def inclusivefl_server_update(server: dict, updates: Mapping[int, Update], *,
             gradients = {name: x - apart[larger][name] for name, x in weights[larger].items()}
             for name, m in momentum_from(gradients, stage, blocks, weights[arch]).items():
                 new[arch][name] = torch.lerp(apart[arch][name], weights[arch][name] - m, momentum)
+    return {**server, "weights": new}
+
+
+# ----------------------------------------------------------------------------------------- HeteroFL
+
+
+class WidthUpdate(NamedTuple):
+    """What a client sends to the server."""
+
+    weights: State  # of its sub-model; of the last layer only the rows of its own classes
+    num_samples: int  # n_k
+    classes: Tensor | None  # these classes, int64, ascending; None: all
+
+
+def heterofl_init(weights: dict[str, State]) -> dict:
+    """The weights of the whole network, and the first channel of sub-models, which stays 0."""
+    return {**fedavg_init(weights), "start": 0}
+
+
+def heterofl_assign(client: Client, architectures: Sequence[str], stream: Stream) -> Client:
+    """A client has another rate in every round, each with the same probability ("dynamic")."""
+    drawn = torch.randint(len(architectures), (), generator=stream(RATE))
+    return client._replace(arch=architectures[drawn])
+
+
+def submodel(server: dict, arch: str) -> State:
+    """The weights of an architecture cut out of the whole network's."""
+    (whole,) = server["weights"].values()
+    part = shapes(arch, channels=whole["extractor.conv1.weight"].shape[1],
+                  num_classes=len(whole["classifier.0.fc.bias"]))
+    return extract(whole, index_sets(whole, part, start=server["start"]))
+
+
+def heterofl_download(server: dict, client: Client, stream: Stream) -> State:
+    """The sub-model of the client's rate (Algorithm 1)."""
+    return submodel(server, client.arch)
+
+
+def mask_absent(logits: Tensor, classes: Tensor) -> Tensor:
+    """Logits (B, C) with 0 for all but these classes: HeteroFL's masked cross entropy needs them.
+
+    0, not minus infinity: what the network says of a class that the client lacks is not punished.
+    """
+    absent = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+    absent[classes] = False
+    return logits.masked_fill(absent, 0)
+
+
+def clip_gradient(model: nn.Module, clip: float | None) -> None:
+    """Shorten the gradient over all parameters to this norm, if it is longer; None: leave it."""
+    if clip is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), clip)
+
+
+def heterofl_client_update(model: nn.Module, optimizer: Optimizer, received: State,
+                           data: ClientData, stream: Stream, *, local_epochs: int, batch_size: int,
+                           masked: bool = True, clip: float | None = CLIP) -> Result:
+    """Train the sub-model by masked cross entropy; send the rows of own classes of the last layer.
+
+    masked=False: plain cross entropy, and all rows are sent.  clip: see clip_gradient
+    """
+    reset(model, optimizer, received)
+    classes = data.labels[data.indices].unique() if masked else None
+    loss_sum, samples = 0.0, 0
+    for x, y in batches(data, batch_size, local_epochs, stream(BATCHES)):
+        logits = mask_absent(model(x), classes) if masked else model(x)
+        loss = F.cross_entropy(logits, y)
+        optimizer.zero_grad()
+        loss.backward()
+        clip_gradient(model, clip)
+        optimizer.step()
+        loss_sum, samples = loss_sum + loss.detach() * len(y), samples + len(y)
+    weights = copy_state(model)
+    if masked:
+        weights = {name: tensor[classes] if name.split(".")[-2] == "fc" else tensor
+                   for name, tensor in weights.items()}
+    return Result(WidthUpdate(weights, len(data.indices), classes), float(loss_sum), samples)
+
+
+def heterofl_server_update(server: dict, updates: Mapping[int, WidthUpdate], *,
+                           uniform: bool = False) -> dict:
+    """Average every coordinate over the clients that hold it; without one it keeps its value."""
+    ((arch, whole),) = server["weights"].items()
+    held = {k: index_sets(whole, update.weights, start=server["start"], classes=update.classes)
+            for k, update in updates.items()}
+    new = average(whole, {k: update.weights for k, update in updates.items()},
+                  {k: update.num_samples for k, update in updates.items()},
+                  uniform=uniform, held=held)
+    return {**server, "weights": {arch: new}}
+
+
+def heterofl_deploy(server: dict, client: Client, kept: None) -> tuple[str, State]:
+    """A client uses the sub-model of its architecture (by its id, not the one drawn in a round)."""
+    return client.arch, submodel(server, client.arch)
+
+
+# ----------------------------------------------------------------------------------------- FedRolex
+
+
+def fedrolex_server_update(server: dict, updates: Mapping[int, WidthUpdate], *,
+                           uniform: bool = False) -> dict:
+    """HeteroFL's average; in the next round all sub-models begin one channel further (Algorithm 1).
+
+    So a window rolls over the channels, which the smallest sub-models then train in turn.  (In the
+    released code it rolls the other way, which covers the same.)
+    """
+    server = heterofl_server_update(server, updates, uniform=uniform)
+    return {**server, "start": server["start"] + 1}
+
+
+# ------------------------------------------------------------------------------------------ ScaleFL
+
+
+class Scaled(NamedTuple):
+    """What the server sends to a client."""
+
+    weights: State
+    distils: bool  # whether self-distillation has begun
+
+
+def scalefl_init(weights: dict[str, State]) -> dict:
+    """The weights of the whole network with all its exits, and the number of finished rounds."""
+    return {**heterofl_init(weights), "round": 0}
+
+
+def scalefl_download(server: dict, client: Client, stream: Stream, *, rounds: int) -> Scaled:
+    """The sub-model of the client's level: narrower, and ending at an earlier exit."""
+    return Scaled(submodel(server, client.arch), server["round"] >= SCALEFL_WARM_UP * rounds)
+
+
+def exits_loss(logits: Sequence[Tensor], y: Tensor, gamma: float, temperature: float) -> Tensor:
+    """sum_j j l_j / (m (m + 1) / 2) over exits 1..m, where l_j is the cross entropy of exit j.
+
+    With gamma, all but the last exit learn from the last too: l_j + gamma T^2 KL(last || j) of
+    distributions softened by the temperature T, mean over samples; the teacher is detached.  (The
+    released code divides by the number of classes besides, and lets the teacher learn.)
+    logits: of each exit, (B, C)
+    """
+    m, total = len(logits), 0.0
+    teacher = (logits[-1].detach() / temperature).softmax(dim=1)
+    for j, student in enumerate(logits, start=1):
+        loss = F.cross_entropy(student, y)
+        if gamma > 0 and j < m:
+            loss = loss + gamma * temperature**2 * F.kl_div(
+                (student / temperature).log_softmax(dim=1), teacher, reduction="batchmean")
+        total = total + j * loss
+    return total / (m * (m + 1) / 2)
+
+
+def scalefl_client_update(model: nn.Module, optimizer: Optimizer, received: Scaled,
+                          data: ClientData, stream: Stream, *, local_epochs: int, batch_size: int,
+                          self_distillation: float = SELF_DISTILLATION,
+                          temperature: float = SCALEFL_TEMPERATURE,
+                          clip: float | None = CLIP) -> Result:
+    """Train all exits of the sub-model together, the later the more; logged is the last one's loss.
+
+    self_distillation, temperature: gamma and T of exits_loss
+    """
+    reset(model, optimizer, received.weights)
+    gamma = self_distillation if received.distils else 0.0
+    loss_sum, samples = 0.0, 0
+    for x, y in batches(data, batch_size, local_epochs, stream(BATCHES)):
+        logits = model.exit_logits(x)
+        optimizer.zero_grad()
+        exits_loss(logits, y, gamma, temperature).backward()
+        clip_gradient(model, clip)
+        optimizer.step()
+        loss = F.cross_entropy(logits[-1].detach(), y)
+        loss_sum, samples = loss_sum + loss * len(y), samples + len(y)
+    return Result(WidthUpdate(copy_state(model), len(data.indices), None), float(loss_sum), samples)
+
+
+def scalefl_server_update(server: dict, updates: Mapping[int, WidthUpdate], *,
+                          uniform: bool = False) -> dict:
+    """HeteroFL's average, over blocks and exits too: a coordinate counts for those that hold it."""
+    server = heterofl_server_update(server, updates, uniform=uniform)
+    return {**server, "round": server["round"] + 1}
+
+
+# ------------------------------------------------------------------------------------------- FedGen
+
+
+class Generated(NamedTuple):
+    """What the server sends to a client."""
+
+    weights: State
+    generator: State | None  # None in the first round
+    classes: Tensor | None  # that the generator knows, int64
+    round: int  # finished rounds
+
+
+def fedgen_init(weights: dict[str, State]) -> dict:
+    """Global weights; the generator, its optimiser and the classes it knows come with round 1."""
+    return {**fedavg_init(weights), "generator": None, "optimizer": None, "classes": None,
+            "round": 0}
+
+
+def fedgen_download(server: dict, client: Client, stream: Stream) -> Generated:
+    """Global weights and the latent generator."""
+    return Generated(server["weights"][client.arch], server["generator"], server["classes"],
+                     server["round"])
+
+
+def fedgen_client_update(model: nn.Module, optimizer: Optimizer, received: Generated,
+                         data: ClientData, stream: Stream, *, local_epochs: int, batch_size: int,
+                         synthetic_weight: float = FEDGEN_WEIGHT,
+                         matching_weight: float = FEDGEN_WEIGHT) -> Result:
+    """FedAvg's update with two terms by generated inputs of the last layer (Algorithm 1).
+
+    synthetic_weight: of the last layer's cross entropy on latents of random classes
+    matching_weight: of KL(q || p), where p is the prediction for an image, and q, detached, that
+        for a latent of the image's class
+    Both weights fall by FEDGEN_DECAY a round, to no less than 1e-4.  In round 1 there is no
+    generator and this is FedAvg.
+    """
+    reset(model, optimizer, received.weights)
+    alpha, beta = (weight and max(1e-4, weight * FEDGEN_DECAY**received.round)
+                   for weight in (synthetic_weight, matching_weight))
+    generator, rng = None, stream(LATENT)
+    if received.generator is not None and (alpha or beta):
+        generator = load_latent_generator(received.generator)
+    loss_sum, samples = 0.0, 0
+    for x, y in batches(data, batch_size, local_epochs, stream(BATCHES)):
+        logits = model(x)
+        loss = F.cross_entropy(logits, y)
+        objective = loss
+        if generator is not None:
+            drawn = torch.randint(len(received.classes), (FEDGEN_BATCH,), generator=rng)
+            random_y = received.classes[drawn.to(y.device)]
+            latents = sample_latents(generator, torch.cat([random_y, y]), rng)
+            synthetic, like_y = model.classifier.fc(latents).split([FEDGEN_BATCH, len(y)])
+            matching = F.kl_div(logits.log_softmax(dim=1), like_y.detach().softmax(dim=1),
+                                reduction="batchmean")
+            objective = (loss + FEDGEN_BATCH / batch_size * alpha
+                         * F.cross_entropy(synthetic, random_y) + beta * matching)
+        optimizer.zero_grad()
+        objective.backward()
+        optimizer.step()
+        loss_sum, samples = loss_sum + loss.detach() * len(y), samples + len(y)
+    result = Result(Update(copy_state(model), len(data.indices)), float(loss_sum), samples)
+    return with_class_counts(result, data)
+
+
+def fedgen_distil(server: dict, updates: Mapping[int, LabelledUpdate], build: Callable,
+                  stream: Stream, *, steps: int = FEDGEN_STEPS,
+                  diversity_weight: float = 1.0) -> dict:
+    """Train the generator so that the clients' last layers recognise its latents (Algorithm 1).
+
+    Every client counts for a class by its share n_k^y / sum n^y of the images in this round.
+    """
+    uploads = [updates[k] for k in sorted(updates)]
+    heads = [partial(F.linear, weight=upload.weights["classifier.fc.weight"],
+                     bias=upload.weights["classifier.fc.bias"]) for upload in uploads]
+    counts = torch.stack([upload.class_counts for upload in uploads])
+    if server["generator"] is None:
+        num_classes, width = uploads[0].weights["classifier.fc.weight"].shape
+        generator = initial_latent_generator(num_classes, width, stream(GENERATOR_WEIGHTS)).to(
+            counts.device)
+    else:
+        generator = load_latent_generator(server["generator"])
+    optimizer = train_latent_generator(
+        generator, server["optimizer"], heads, class_weights(counts), stream(GENERATOR_NOISE),
+        steps=steps, batch=FEDGEN_BATCH, lr_factor=FEDGEN_DECAY**server["round"],
+        diversity_weight=diversity_weight)
+    return {**server, "generator": copy_state(generator), "optimizer": optimizer,
+            "classes": counts.sum(dim=0).nonzero().flatten(), "round": server["round"] + 1}
+
+
+# -------------------------------------------------------------------------------------------- FedDF
+
+
+def mean_logits(build: Callable, weights: Mapping[str, State], updates: Mapping[int, Update],
+                proxy: ClientData) -> Tensor:
+    """The logits (N, C) for the proxy images, mean over the clients' models."""
+    arch_of, total = senders(weights, updates), 0.0
+    for k in sorted(updates):
+        total = total + predict_logits(build(arch_of[k], updates[k].weights), proxy.images,
+                                       proxy.prepare)
+    return total / len(updates)
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(softmax(teacher / T) || softmax(student / T)) of logits (B, C), mean over samples."""
+    return F.kl_div((student / temperature).log_softmax(dim=1),
+                    (teacher / temperature).softmax(dim=1), reduction="batchmean")
+
+
+def feddf_distil(server: dict, updates: Mapping[int, Update], build: Callable, stream: Stream, *,
+                 proxy: ClientData, distillation_steps: int = DISTILLATION_STEPS,
+                 temperature: float = 1.0) -> dict:
+    """Distil the clients' mean logits on proxy images into the averaged models (Algorithms 1, 3).
+
+    build: (architecture, weights) -> a network
+    proxy: unlabelled images; its labels are not read
+    Every architecture has a student, which begins with the average of its own clients, and they all
+    have all clients for teachers.  (The released code stops early, by a validation set.)
+    """
+    if distillation_steps == 0:
+        return server
+    labelled = proxy._replace(labels=mean_logits(build, server["weights"], updates, proxy))
+    new = {}
+    for arch, weights in server["weights"].items():
+        student = build(arch, weights).train()
+        optimizer = torch.optim.Adam(student.parameters(), lr=DISTILLATION_LR, fused=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, distillation_steps)
+        endless = batches(labelled, DISTILLATION_BATCH, distillation_steps, stream(PROXY_BATCHES))
+        for x, teacher in islice(endless, distillation_steps):
+            loss = distillation_loss(student(x), teacher, temperature)
+            optimizer.zero_grad()
+            loss.backward()
+            clip_gradient(student, DISTILLATION_CLIP)
+            optimizer.step()
+            schedule.step()
+        new[arch] = copy_state(student)
     return {**server, "weights": new}

@@ -3,8 +3,8 @@
 Wan et al., Asynchronous Personalized Federated Learning through Global Memorization (AP-FL).
 Equation numbers below are this paper's.
 
-In reading order: the network (Eq. 11), the losses (Eq. 6-9), training without data, sampling, and
-where the semantic embeddings of the classes come from.
+In reading order: the network (Eq. 11), the losses (Eq. 6-9), training without data, sampling,
+where the semantic embeddings of the classes come from, and FedGen's generator of latents.
 
 symbol      name          shape
 z, y        z, y          (N, d_z) standard normal noise, (N,) labels
@@ -15,6 +15,7 @@ n_s         per_class     samples of each class in a training step
 lambda      balance       of Eq. 9
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,9 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import first_line
+from models import drawing_from
 
 NOISE_DIM = 20  # d_z, the best of those in the paper's Fig. 5
 BALANCE = 0.5  # lambda, AP-FL Sec. 4.1
+LATENT_NOISE_DIM, LATENT_HIDDEN = 64, 512  # of FedGen's generator, whose paper has no such CNN
+LATENT_LR, LATENT_WEIGHT_DECAY = 3e-4, 1e-2  # of Adam, in FedGen's released code (MNIST)
 GENERATOR_LR = 1e-3  # of Adam, as in the work that the network is from (the paper gives none)
 SAMPLE_BATCH = 250  # synthetic images made at a time
 HUGE = 1e100  # no embedding has such a number, and its square would overflow
@@ -81,8 +85,7 @@ class SemanticGenerator(nn.Module):
 def initial_generator(semantics: Tensor, channels: int, noise_dim: int,
                       rng: torch.Generator) -> SemanticGenerator:
     """A new generator whose weights are drawn from rng; the global generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(rng.get_state())
+    with drawing_from(rng):
         return in_layout(SemanticGenerator(semantics, channels, noise_dim))
 
 
@@ -405,3 +408,92 @@ def bert_embeddings(texts: list[str], *, weights: str = "bert-base-uncased") -> 
         states = model.eval()(**tokens).last_hidden_state
     mask = tokens["attention_mask"][:, :, None]
     return ((states * mask).sum(dim=1) / mask.sum(dim=1)).numpy()
+
+
+# ---------------------------------------------------------------------- FedGen's latent generator
+
+
+class LatentGenerator(nn.Module):
+    """Noise (N, d_z) in [0, 1) and labels (N,) to inputs of a classifier's last layer (N, width).
+
+    Source: Zhu et al., Data-Free Knowledge Distillation for Heterogeneous Federated Learning,
+    arxiv.org/abs/2105.10056, as its released code has it.
+    """
+
+    def __init__(self, num_classes: int, width: int, *, noise_dim: int = LATENT_NOISE_DIM,
+                 hidden: int = LATENT_HIDDEN):
+        super().__init__()
+        self.num_classes, self.noise_dim = num_classes, noise_dim
+        self.network = nn.Sequential(nn.Linear(noise_dim + num_classes, hidden),
+                                     nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, width))
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.network(torch.cat([z, F.one_hot(y, self.num_classes)], dim=1))
+
+
+def initial_latent_generator(num_classes: int, width: int,
+                             rng: torch.Generator) -> LatentGenerator:
+    """A new generator whose weights are drawn from rng; the global generator is left as it was."""
+    with drawing_from(rng):
+        return LatentGenerator(num_classes, width)
+
+
+def load_latent_generator(state: dict[str, Tensor]) -> LatentGenerator:
+    """The generator, in evaluation mode, that a state dict was taken from; nothing is drawn."""
+    inner, outer = state["network.0.weight"], state["network.3.weight"]
+    with torch.device("meta"):
+        generator = LatentGenerator(inner.shape[1] - LATENT_NOISE_DIM, outer.shape[0])
+    generator = generator.to_empty(device=inner.device)
+    generator.load_state_dict(state)
+    return generator.eval()
+
+
+@torch.no_grad()
+def sample_latents(generator: LatentGenerator, y: Tensor, rng: torch.Generator) -> Tensor:
+    """Latents (N, width) of labels (N,), by the generator in the mode that it is in."""
+    return generator(torch.rand(len(y), generator.noise_dim, generator=rng).to(y.device), y)
+
+
+def latent_diversity_loss(z: Tensor, latents: Tensor) -> Tensor:
+    """exp(-mean over pairs of |z_i - z_j|^2 |latent_i - latent_j|), both means over coordinates.
+
+    Squared distances of the noise (N, d_z), absolute ones of the latents (N, width): far noise has
+    to make far latents.
+    """
+    noise_distance = (z[:, None] - z[None]).square().mean(dim=2)
+    latent_distance = (latents[:, None] - latents[None]).abs().mean(dim=2)
+    return (-noise_distance * latent_distance).mean().exp()
+
+
+def train_latent_generator(generator: LatentGenerator, optimizer_state: dict | None,
+                           heads: Sequence[Callable[[Tensor], Tensor]], weights: Tensor,
+                           rng: torch.Generator, *, steps: int, batch: int, lr_factor: float = 1.0,
+                           diversity_weight: float = 1.0) -> dict:
+    """Train the generator in place, so that the clients' last layers recognise its latents.
+
+    L = sum_k w_k^y CE_k + diversity_weight L_diversity, on labels drawn among the classes that a
+    client holds.  (The paper's third term, against the global model, has the weight 0 in the
+    released code, and is left out.)
+    optimizer_state: that returned after the round before, or None;  heads: the last layers
+    weights: (heads, classes), w_k^y, from class_weights
+    """
+    held = weights.sum(dim=0).nonzero().flatten()
+    optimizer = torch.optim.Adam(generator.parameters(), lr=LATENT_LR,
+                                 weight_decay=LATENT_WEIGHT_DECAY)
+    if optimizer_state is not None:
+        # A copy, since the optimiser would go on with the very tensors it is given.
+        optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+    for group in optimizer.param_groups:
+        group["lr"] = LATENT_LR * lr_factor
+    generator.train()
+    for _ in range(steps):
+        y = held[torch.randint(len(held), (batch,), generator=rng).to(held.device)]
+        z = torch.rand(batch, generator.noise_dim, generator=rng).to(held.device)
+        latents = generator(z, y)
+        loss = (classification_loss(latents, y, heads, weights)
+                + diversity_weight * latent_diversity_loss(z, latents))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    generator.eval()
+    return optimizer.state_dict()

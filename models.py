@@ -14,6 +14,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import pairwise
 
@@ -284,6 +285,14 @@ def copy_state(model: nn.Module) -> State:
             for name, tensor in model.state_dict().items()}
 
 
+@contextmanager
+def drawing_from(rng: torch.Generator):
+    """What torch draws from its global generator comes from rng; the global one stays as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(rng.get_state())
+        yield
+
+
 def initial_weights(architectures: Sequence[str], channels: int, num_classes: int,
                     rng: torch.Generator, device: torch.device) -> dict[str, State]:
     """Initial weights by architecture.  What two architectures share is the same tensor in both.
@@ -291,8 +300,7 @@ def initial_weights(architectures: Sequence[str], channels: int, num_classes: in
     The last, largest network is drawn and the others, which it contains, are cut out of it.
     The global generator is left as it was.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(rng.get_state())
+    with drawing_from(rng):
         whole = build(architectures[-1], channels, num_classes).to(device).state_dict()
     return {arch: {name: whole[name] for name in shapes(arch, channels, num_classes)}
             for arch in architectures}
@@ -471,7 +479,13 @@ def collect_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
+def predict_logits(model: nn.Module, images: Tensor,
+                   prepare: Callable[[Tensor], Tensor]) -> Tensor:
+    """The logits (N, classes) of a network in evaluation mode for uint8 images (N, C, H, W)."""
+    model.eval()
+    return torch.cat([model(prepare(batch)) for batch in images.split(TEST_BATCH)])
+
+
 def predict(model: nn.Module, images: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
     """The class (N,) that a network in evaluation mode predicts for uint8 images (N, C, H, W)."""
-    model.eval()
-    return torch.cat([model(prepare(batch)).argmax(dim=1) for batch in images.split(TEST_BATCH)])
+    return predict_logits(model, images, prepare).argmax(dim=1)
