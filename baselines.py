@@ -897,6 +897,13 @@ def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
                     (teacher / temperature).softmax(dim=1), reduction="batchmean")
 
 
+def feddf_server_update(server: dict, updates: Mapping[int, Update], *,
+                        uniform: bool = False) -> dict:
+    """FedAvg's average within each architecture, which the server goes on training by itself."""
+    return fedavg_server_update(server, updates, aggregation=per_architecture_average,
+                                uniform=uniform)
+
+
 def feddf_distil(server: dict, updates: Mapping[int, Update], build: Callable, stream: Stream, *,
                  proxy: ClientData, distillation_steps: int = DISTILLATION_STEPS,
                  temperature: float = 1.0) -> dict:

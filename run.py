@@ -19,11 +19,13 @@ import pickle
 import platform
 import struct
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -89,7 +91,8 @@ METHODS = {
     "fedgen": FEDAVG._replace(init=baselines.fedgen_init, download=baselines.fedgen_download,
                               client_update=baselines.fedgen_client_update,
                               distil=baselines.fedgen_distil),
-    "feddf": FEDAVG._replace(distil=baselines.feddf_distil),
+    "feddf": FEDAVG._replace(server_update=baselines.feddf_server_update,
+                             distil=baselines.feddf_distil),
     "heterofl": HETEROFL,
     "inclusivefl": FEDAVG._replace(server_update=baselines.inclusivefl_server_update),
     "fedrolex": HETEROFL._replace(server_update=baselines.fedrolex_server_update),
@@ -114,8 +117,7 @@ METHOD_DEFAULTS = {  # the flags that a method reads beside the common ones
     "fednova": {"aggregation": "layerwise"},
     "moon": {"aggregation": "layerwise", "mu": baselines.MOON_MU},
     "fedgen": {"aggregation": "layerwise"},
-    "feddf": {"aggregation": "per-architecture", "proxy": "holdout",
-              "distillation_steps": baselines.DISTILLATION_STEPS},
+    "feddf": {"proxy": "holdout", "distillation_steps": baselines.DISTILLATION_STEPS},
     "heterofl": {},
     "inclusivefl": {"aggregation": "layerwise"},
     "fedrolex": {},
@@ -174,6 +176,10 @@ WIDTH_METHODS = ("heterofl", "fedrolex", "scalefl")  # they cut one network by w
 QUICK_APFL = {"participation": 1.0, "local_epochs": 5, "batch_size": 50, "model": "cnn"}
 QUICK_GENERATOR = {"generator_steps": 150, "generator_batch": 10, "synthetic_per_class": 100,
                    "friend_epochs": 5}  # of apfl, in the quick setting
+OWN_AVERAGES = {  # of methods without --aggregation that have a server
+    **dict.fromkeys(WIDTH_METHODS, "averages each coordinate over the sub-models that hold it"),
+    "feddf": "averages within each architecture, since its server trains them apart",
+}
 QUICK_DISTILLATION_STEPS = 50  # of feddf, in the quick setting
 PROXY_IMAGES = 5000  # unlabelled images that feddf's server holds at most
 PROXY_SHARE = 0.1  # of the training images, set aside for it where --train-images leaves none over
@@ -215,8 +221,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line.  No flag has a default here: see resolve."""
     top = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], allow_abbrev=False, add_help=False,
-        argument_default=argparse.SUPPRESS, epilog="Values not given come from --setting, then "
-        "from the method. A flag that the run does not read is an error.")
+        argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Values not given come from --setting, then from the method.\n"
+        "A flag that the run does not read is an error.")
     top.error = raise_usage_error
     count, size, few = number(int, 1), number(int, 2), number(int, 1, 1024)
     positive, weight = number(float, 0, open_low=True), number(float, 0)
@@ -366,21 +373,25 @@ def parser() -> argparse.ArgumentParser:
 
 
 def methods_table() -> str:
-    """What --methods prints: a line for every method."""
+    """What --methods prints: a row for every method, of as many lines as its cells need."""
     rows = [("method", "paper", "a client sends", "it keeps", "the server keeps", "--model",
              "--aggregation", "flags of its own")]
     for method, about in ABOUT.items():
-        own = [f"--{name.replace('_', '-')}" for name in METHOD_DEFAULTS[method]
-               if name != "aggregation"]
-        models_of = ("widths" if method in WIDTH_METHODS else
-                     "one network" if method == "apfl" else "all but widths")
-        averages = list(AGGREGATIONS) if "aggregation" in METHOD_DEFAULTS[method] else []
+        defaults = METHOD_DEFAULTS[method]
+        networks = ("resnet18-widths, resnet152-widths" if method in WIDTH_METHODS else
+                    "cnn or one ResNet" if method == "apfl" else "all but widths")
+        averages = list(AGGREGATIONS) if "aggregation" in defaults else []
         averages += ["async"] if method in ASYNC_METHODS else []
-        rows.append((method, *about, models_of, ", ".join(averages) or "-",
-                     " ".join(own) or "-"))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip()
-                     for row in rows)
+        averages += ["its own"] if method in OWN_AVERAGES else []
+        own = [f"--{name.replace('_', '-')}" for name in defaults if name != "aggregation"]
+        rows.append((method, *about, networks, ", ".join(averages) or "-", " ".join(own) or "-"))
+    widths, lines = (11, 13, 14, 13, 14, 16, 17, 22), []
+    for row in rows:
+        cells = [textwrap.wrap(cell, width, break_on_hyphens=False)
+                 for cell, width in zip(row, widths)]
+        lines += ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths)).rstrip()
+                  for line in zip_longest(*cells, fillvalue="")] + [""]
+    return "\n".join(lines)
 
 
 def resolve(typed: dict) -> dict:
@@ -437,9 +448,8 @@ def resolve(typed: dict) -> dict:
     partition = f"--partition {settings['partition']}"
     causes = {"alpha": partition, "classes_per_client": partition,
               "data_dir": f"--dataset {dataset}", **fixed}
-    if method in WIDTH_METHODS:
-        causes["aggregation"] = (f"--method {method}, which averages coordinate by coordinate over "
-                                 "the sub-models that hold them")
+    if method in OWN_AVERAGES:
+        causes["aggregation"] = f"--method {method}, which {OWN_AVERAGES[method]}"
     if "aggregation" in settings:
         causes |= dict.fromkeys(ASYNC, "this --aggregation")
     if "semantics" in settings:
@@ -470,9 +480,6 @@ def check_combination(settings: dict) -> None:
                              f"{model} cannot be: give --model {widths}")
         raise ValueError(f"--model {model} is cut into sub-models, which only --method "
                          f"{', '.join(WIDTH_METHODS)} can do: give another --model")
-    if method == "feddf" and settings["aggregation"] == "layerwise" and len(models.MODELS[model]) > 1:
-        raise ValueError("--method feddf trains a network of each architecture on the server, whose "
-                         "layers then differ: give --aggregation per-architecture")
     for needs, name in ((method == "apfl", "--method apfl"),
                         (settings.get("aggregation") == "async", "--aggregation async")):
         if needs and len(models.MODELS[model]) > 1:

@@ -252,3 +252,323 @@ def test_moon_with_mu_zero_is_fedavg_and_keeps_its_model():
     pulled = baselines.moon_client_update(*adam(), received(), tiny_data(), stream, previous,
                                           **EPOCHS)
     assert not same(pulled.update.weights, plain.update.weights)
+
+
+# ----------------------------------------------------------- identities: sub-models, server training
+
+NARROW = "resnet18-1/16"
+
+
+def narrow(lr: float = 1e-2):
+    """A scratch network of the narrowest width and its optimiser."""
+    net = models.build(NARROW, 1, 3)
+    return net, torch.optim.Adam(net.parameters(), lr=lr)
+
+
+def narrow_weights(seed: int = 3, arch: str = NARROW) -> dict:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return models.copy_state(models.build(arch, 1, 3))
+
+
+def large_data(labels=(0, 1, 2), count: int = 20, seed: int = 0) -> data.ClientData:
+    """A client with 32 x 32 images of these classes of three."""
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (count, 1, 32, 32), dtype=torch.uint8, generator=rng)
+    y = torch.tensor(labels)[torch.randint(len(labels), (count,), generator=rng)]
+    return data.ClientData(images, y, torch.arange(count), lambda x: x / 255 - 0.5)
+
+
+def test_heterofl_at_full_rate_without_mask_and_clipping_is_fedavg():
+    server = baselines.heterofl_init({NARROW: narrow_weights()})
+    weights = baselines.heterofl_download(server, client(arch=NARROW), stream)
+    assert same(weights, narrow_weights())
+    plain = baselines.fedavg_client_update(*narrow(), weights, large_data(), stream, **EPOCHS)
+    ours = baselines.heterofl_client_update(*narrow(), weights, large_data(), stream, masked=False,
+                                            clip=None, **EPOCHS)
+    assert same(ours.update.weights, plain.update.weights) and ours.loss == plain.loss
+    other = baselines.heterofl_client_update(*narrow(), narrow_weights(8), large_data(), stream,
+                                             masked=False, clip=None, **EPOCHS)
+    uploads = {1: ours.update, 4: other.update._replace(num_samples=7)}
+    new = baselines.heterofl_server_update(server, uploads)["weights"]
+    assert all_same(new, baselines.fedavg_server_update(server, uploads)["weights"])
+
+
+def test_scalefl_with_one_level_and_without_clipping_is_fedavg():
+    server = baselines.scalefl_init({NARROW: narrow_weights()})
+    down = baselines.scalefl_download(server, client(arch=NARROW), stream, rounds=10)
+    plain = baselines.fedavg_client_update(*narrow(), down.weights, large_data(), stream, **EPOCHS)
+    ours = baselines.scalefl_client_update(*narrow(), down, large_data(), stream, clip=None,
+                                           **EPOCHS)
+    assert same(ours.update.weights, plain.update.weights) and ours.loss == plain.loss
+    after = baselines.scalefl_server_update(server, {0: ours.update, 1: ours.update})
+    assert all_same(after["weights"], baselines.fedavg_server_update(
+        server, {0: plain.update, 1: plain.update})["weights"])
+
+
+def test_the_first_round_of_fedrolex_is_heterofls_and_the_second_is_not():
+    servers = [baselines.heterofl_init({"resnet18-1/8": narrow_weights(arch="resnet18-1/8")})] * 2
+    for first in (True, False):
+        down = [baselines.heterofl_download(server, client(arch=NARROW), stream)
+                for server in servers]
+        assert same(*down) == first
+        updates = [{0: baselines.WidthUpdate({name: tensor + 1 for name, tensor in sent.items()},
+                                             9, None)} for sent in down]
+        servers = [baselines.heterofl_server_update(servers[0], updates[0]),
+                   baselines.fedrolex_server_update(servers[1], updates[1])]
+        assert all_same(*(server["weights"] for server in servers)) == first
+
+
+def test_a_client_sends_and_the_server_averages_only_the_rows_of_its_classes():
+    server = baselines.heterofl_init({NARROW: narrow_weights()})
+    old = server["weights"][NARROW]
+    result = baselines.heterofl_client_update(*narrow(), old, large_data((0, 2)), stream, **EPOCHS)
+    assert result.update.classes.tolist() == [0, 2]
+    assert result.update.weights["classifier.0.fc.weight"].shape == (2, 32)
+    new = baselines.heterofl_server_update(server, {5: result.update})["weights"][NARROW]
+    for name in ("classifier.0.fc.weight", "classifier.0.fc.bias"):
+        assert torch.equal(new[name][1], old[name][1])
+        assert torch.equal(new[name][[0, 2]], result.update.weights[name])
+        assert not torch.equal(new[name][0], old[name][0])
+
+
+def test_masked_logits_leave_the_rows_of_absent_classes_alone():
+    logits = torch.tensor([[1.0, -2.0, 3.0]], requires_grad=True)
+    masked = baselines.mask_absent(logits, torch.tensor([0, 2]))
+    assert masked.tolist() == [[1, 0, 3]]
+    masked.sum().backward()
+    assert logits.grad.tolist() == [[1, 0, 1]]
+
+
+@pytest.mark.parametrize("update", [baselines.heterofl_client_update,
+                                    baselines.scalefl_client_update])
+def test_clipping_limits_the_norm_of_a_step(update):
+    def moved(clip):
+        net = models.build(NARROW, 1, 3)
+        optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+        weights = narrow_weights()
+        down = weights if update is baselines.heterofl_client_update else baselines.Scaled(weights,
+                                                                                           False)
+        result = update(net, optimizer, down, large_data(), stream, local_epochs=1, batch_size=20,
+                        clip=clip)
+        return sum(((result.update.weights[name] - weights[name]) ** 2).sum()
+                   for name in weights if "fc" not in name or result.update.classes is None) ** 0.5
+
+    assert moved(0.01) <= 0.01 * 1.001 < moved(None)
+
+
+def test_rates_are_drawn_anew_each_round_and_evenly():
+    archs = models.MODELS["resnet18-widths"]
+
+    def draw(t, k):
+        return baselines.heterofl_assign(client(k, archs[0]), archs, lambda purpose:
+                                         data.torch_stream(0, purpose, round=t, client=k))
+
+    drawn = [[draw(t, k).arch for k in range(50)] for t in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    counts = [sum(draws.count(arch) for draws in drawn[1:]) for arch in archs]
+    assert sum(counts) == 100 and min(counts) >= 10  # of twenty expected
+    assert draw(1, 7).id == 7
+
+
+def test_self_distillation_begins_after_a_quarter_of_the_rounds():
+    server = baselines.scalefl_init({NARROW: narrow_weights()})
+    began = []
+    for _ in range(8):
+        began.append(baselines.scalefl_download(server, client(arch=NARROW), stream,
+                                                rounds=8).distils)
+        server = baselines.scalefl_server_update(server, {})
+    assert began == [False, False] + 6 * [True]
+
+
+def test_exits_of_a_sub_model_learn_and_self_distillation_matters():
+    arch = "resnet18-1/16-exit2"
+    weights = narrow_weights(arch=arch)
+
+    def update(distils, gamma):
+        net = models.build(arch, 1, 3)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        return baselines.scalefl_client_update(
+            net, optimizer, baselines.Scaled(weights, distils), large_data(), stream,
+            self_distillation=gamma, **EPOCHS).update.weights
+
+    plain = update(False, 0.5)
+    assert all(not torch.equal(plain[f"classifier.{head}.fc.weight"],
+                               weights[f"classifier.{head}.fc.weight"]) for head in (0, 1))
+    assert same(plain, update(True, 0.0)) and not same(plain, update(True, 0.5))
+
+
+# CNNs, whose last layer is classifier.fc: what FedGen and FedDF look for.
+
+
+def cnn(lr: float = 1e-3):
+    net = models.CNN(1, 3)
+    return net, torch.optim.Adam(net.parameters(), lr=lr)
+
+
+def cnn_server(init) -> dict:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return init({"cnn": models.copy_state(models.CNN(1, 3))})
+
+
+def fedgen_round(server: dict, t: int, classes=((0, 1), (1,))) -> tuple[dict, dict]:
+    """A round of clients that hold these classes; the new server state and the updates."""
+    def streams(purpose, k=0):
+        return data.torch_stream(0, purpose, round=t, client=k)
+
+    updates = {k: baselines.fedgen_client_update(
+        *cnn(), baselines.fedgen_download(server, client(k, "cnn"), stream), large_data(held),
+        lambda purpose, k=k: streams(purpose, k), **EPOCHS).update
+        for k, held in enumerate(classes)}
+    server = baselines.fedavg_server_update(server, updates)
+    return baselines.fedgen_distil(server, updates, None, streams, steps=5), updates
+
+
+def test_fedgen_without_its_terms_or_before_it_has_a_generator_is_fedavg():
+    server = cnn_server(baselines.fedgen_init)
+    after, _ = fedgen_round(server, 1)
+    plain = baselines.fedavg_client_update(*cnn(), server["weights"]["cnn"], large_data(), stream,
+                                           **EPOCHS)
+
+    def update(down, **options):
+        result = baselines.fedgen_client_update(*cnn(), down, large_data(), stream, **options,
+                                                **EPOCHS)
+        return same(result.update.weights, plain.update.weights) and result.loss == plain.loss
+
+    assert update(baselines.fedgen_download(server, client(arch="cnn"), stream))
+    down = baselines.fedgen_download(after, client(arch="cnn"), stream)._replace(
+        weights=server["weights"]["cnn"])
+    assert down.round == 1 and update(down, synthetic_weight=0.0, matching_weight=0.0)
+    assert not update(down, synthetic_weight=0.0)
+    assert not update(down, matching_weight=0.0)
+
+
+def test_fedgens_generator_learns_classes_that_participants_hold_and_goes_on_next_round():
+    first, updates = fedgen_round(cnn_server(baselines.fedgen_init), 1)
+    assert [update.class_counts.tolist()[2] for update in updates.values()] == [0, 0]
+    assert updates[0].class_counts.sum() == 20 and first["classes"].tolist() == [0, 1]
+    kept = copy.deepcopy({name: first[name] for name in ("generator", "optimizer")})
+    second, _ = fedgen_round(first, 2)
+    assert same(first["generator"], kept["generator"])  # what a server kept is not written over
+    moments = [state["optimizer"]["state"][0] for state in (kept, first, second)]
+    assert same(moments[0], moments[1]) and moments[2]["step"] == 10 == 2 * moments[1]["step"]
+    assert not same(second["generator"], first["generator"]) and second["round"] == 2
+    rates = [state["optimizer"]["param_groups"][0]["lr"] for state in (first, second)]
+    assert rates[1] == pytest.approx(0.98 * rates[0])
+
+
+def test_feddf_without_steps_is_the_average_and_with_them_nears_the_ensemble():
+    server = cnn_server(baselines.fedavg_init)
+    updates = {k: baselines.fedavg_client_update(
+        *cnn(), server["weights"]["cnn"], large_data(held, seed=k), stream, **EPOCHS).update
+        for k, held in enumerate([(0, 1), (1, 2)])}
+    server = baselines.feddf_server_update(server, updates)
+    assert all_same(server["weights"], baselines.fedavg_server_update(server, updates)["weights"])
+    proxy = large_data(count=30, seed=9)
+
+    def build(arch, weights):
+        net = models.CNN(1, 3)
+        net.load_state_dict(weights)
+        return net
+
+    assert baselines.feddf_distil(server, updates, build, stream, proxy=proxy,
+                                  distillation_steps=0) is server
+    after = baselines.feddf_distil(server, updates, build, stream, proxy=proxy,
+                                   distillation_steps=30)
+    teacher = baselines.mean_logits(build, server["weights"], updates, proxy)
+    by_hand = [models.predict_logits(build("cnn", updates[k].weights), proxy.images, proxy.prepare)
+               for k in (0, 1)]
+    torch.testing.assert_close(teacher, (by_hand[0] + by_hand[1]) / 2)
+
+    def distance(state):
+        logits = models.predict_logits(build("cnn", state["weights"]["cnn"]), proxy.images,
+                                       proxy.prepare)
+        return baselines.distillation_loss(logits, teacher).item()
+
+    assert distance(after) < distance(server) / 2
+    relabelled = proxy._replace(labels=1 - proxy.labels)
+    again = baselines.feddf_distil(server, updates, build, stream, proxy=relabelled,
+                                   distillation_steps=30)
+    assert all_same(again["weights"], after["weights"])  # labels of proxy images are not read
+
+
+def test_arguments_of_stateful_and_of_server_updates_are_unchanged():
+    server = baselines.scaffold_init(resnet_states())
+    before = copy.deepcopy(server)
+    updates = {k: baselines.ScaffoldUpdate(*update, {
+        name: tensor for name, tensor in update.weights.items() if models.is_parameter(name)})
+        for k, update in uploads_of(server["weights"], ARCHS).items()}
+    sent = copy.deepcopy(updates)
+    baselines.scaffold_server_update(server, updates, num_clients=6)
+    for update in (baselines.inco_server_update, baselines.inclusivefl_server_update):
+        update(baselines.fedavg_init(server["weights"]), {k: baselines.Update(*update_[:2])
+                                                          for k, update_ in updates.items()})
+    assert all(all_same(server[name], before[name]) for name in ("weights", "variates"))
+    assert all(same(updates[k].weights, sent[k].weights) and same(updates[k].change, sent[k].change)
+               for k in updates)
+
+    down = baselines.Scaffolded(received(), {name: torch.ones_like(p) for name, p
+                                             in tiny_net().named_parameters()})
+    for update, received_, kept in (
+            (baselines.scaffold_client_update, down, copy.deepcopy(down.variate)),
+            (baselines.moon_client_update, received(), received(7))):
+        held = copy.deepcopy((received_, kept))
+        model, optimizer = adam()
+        result = update(model, optimizer, received_, tiny_data(), stream, kept, **EPOCHS)
+        results = copy.deepcopy(result.kept)
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.zero_()
+        assert same(kept, held[1]) and same(result.kept, results)
+        assert all(torch.equal(a, b) for a, b in zip(models.tensors_in(received_),
+                                                     models.tensors_in(held[0])))
+
+
+def test_inclusivefl_keeps_top_blocks_apart_and_shares_the_others():
+    server = baselines.fedavg_init(resnet_states())
+    updates = uploads_of(server["weights"], ARCHS * 2)
+    new = baselines.inclusivefl_server_update(server, updates)["weights"]
+    tops = baselines.top_blocks(server["weights"])
+    assert {arch: {stage: (list(blocks), larger) for stage, (blocks, larger) in stages.items()}
+            for arch, stages in tops.items()} == {
+        "resnet10": {"intermediate.layer3": ([0, 1], "resnet14"),
+                     "intermediate.layer4": ([0, 1], "resnet14")},
+        "resnet14": {"intermediate.layer1": ([0, 1], "resnet18"),
+                     "intermediate.layer2": ([0, 1], "resnet18")}}
+    shared, own = "intermediate.layer3.0.conv1.weight", "intermediate.layer1.0.conv1.weight"
+    assert new["resnet14"][shared] is new["resnet18"][shared] is not new["resnet10"][shared]
+    assert new["resnet10"][own] is new["resnet18"][own] is not new["resnet14"][own]
+    fc = "classifier.fc.weight"
+    assert new["resnet10"][fc] is new["resnet14"][fc] is new["resnet18"][fc]
+    # What is shared is the mean over those that share it.
+    by_hand = baselines.fedavg_server_update(
+        server, {k: update for k, update in updates.items() if k % 3 != 0})["weights"]
+    assert torch.equal(new["resnet18"][shared], by_hand["resnet18"][shared])
+
+
+def test_inclusivefl_without_clients_of_the_larger_network_has_no_momentum_to_give():
+    server = baselines.fedavg_init(resnet_states())
+    updates = uploads_of(server["weights"], ["resnet10", "resnet10"])
+    new = baselines.inclusivefl_server_update(server, updates)["weights"]
+    plain = baselines.fedavg_server_update(
+        server, updates, aggregation=models.per_architecture_average)["weights"]
+    assert same(new["resnet10"], plain["resnet10"])
+    top = "intermediate.layer1.0.conv1.weight"
+    assert torch.equal(new["resnet14"][top], server["weights"]["resnet14"][top])
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_scaffold_keeps_what_layers_share_shared(aggregation):
+    server = baselines.scaffold_init(resnet_states())
+    updates = {k: baselines.ScaffoldUpdate(*update, {
+        name: tensor for name, tensor in update.weights.items() if models.is_parameter(name)})
+        for k, update in uploads_of(server["weights"], ARCHS).items()}
+    new = baselines.scaffold_server_update(server, updates, num_clients=3, aggregation=aggregation)
+    fc = [new["variates"][arch]["classifier.fc.weight"] for arch in ARCHS]
+    assert (fc[0] is fc[1] is fc[2]) == (aggregation is models.layerwise_average)
+    half = baselines.scaffold_server_update(server, updates, num_clients=3, aggregation=aggregation,
+                                            server_lr=0.5)
+    middle = models.interpolate(server["weights"]["resnet10"], new["weights"]["resnet10"], 0.5)
+    for name, tensor in middle.items():
+        torch.testing.assert_close(half["weights"]["resnet10"][name], tensor)

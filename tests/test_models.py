@@ -240,3 +240,201 @@ def test_predict_is_evaluation_mode_in_batches():
     assert same(models.copy_state(net), before)  # running statistics did not move
     one_by_one = torch.cat([net.eval()(image[None] / 255).argmax(1) for image in images])
     assert torch.equal(predicted, one_by_one)
+
+
+# ------------------------------------------------------------------------------ sub-models by width
+
+# Of HeteroFL's pre-activation ResNet152 with three channels and ten classes, rates 1/16 to 1,
+# counted from the layer shapes, apart from this code.
+RESNET152 = {"1/16": 236_878, "1/8": 926_738, "1/4": 3_665_434, "1/2": 14_578_730, "1": 58_148_938}
+
+
+def test_width_scaled_resnet152_has_the_published_numbers_of_parameters():
+    for rate, parameters in RESNET152.items():
+        assert num_parameters(models.build_empty(f"resnet152-{rate}", 3, 10, META)) == parameters
+    assert list(RESNET152) == list(models.RATES)
+    imagenet = [num_parameters(models.build_empty(arch, 3, 1000, META))
+                for arch in models.MODELS["resnet152-widths"]]
+    assert int(sum(imagenet) / 5 / 1e4) == 1629  # FedIN, Table 4: 16.29 M, truncated
+
+
+@pytest.mark.parametrize("rate", models.RATES)
+def test_width_scaled_resnet152_learns_at_every_rate(rate):
+    net = models.build(f"resnet152-{rate}", 3, 10)
+    before = models.copy_state(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    x, y = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    torch.nn.functional.cross_entropy(net(x), y).backward()
+    optimizer.step()
+    after = net.state_dict()
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    # Before the first update a batch of two sets some gradients to zero, but hardly whole tensors.
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(moved) > 0.9 * len(before)
+
+
+def small(arch: str = "resnet18-1/8", channels: int = 1, num_classes: int = 3) -> dict:
+    """The weights of a width-scaled network, a narrow one in the part of the whole."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        return models.copy_state(models.build(arch, channels, num_classes))
+
+
+@pytest.mark.parametrize("start", [0, 1, 63, 100])
+@pytest.mark.parametrize("exits", [False, True])
+def test_extracting_a_sub_model_and_averaging_it_back_changes_nothing(start, exits):
+    archs = models.MODELS["resnet18-widths"][:3]
+    archs = models.with_exits(archs) if exits else archs
+    whole, uploads, held = small(archs[-1]), {}, {}
+    for k, arch in enumerate([*archs, archs[0]]):
+        held[k] = models.index_sets(whole, models.shapes(arch, 1, 3), start=start)
+        uploads[k] = models.extract(whole, held[k])
+        assert {name: tensor.shape for name, tensor in uploads[k].items()} == {
+            name: tensor.shape for name, tensor in models.shapes(arch, 1, 3).items()}
+    counts = {0: 3, 1: 7, 2: 11, 3: 1}
+    assert same(models.average(whole, uploads, counts, held=held), whole)
+
+
+def test_a_sub_model_at_start_zero_is_the_corner_of_the_whole():
+    whole = small()
+    part = models.extract(whole, models.index_sets(whole, models.shapes("resnet18-1/16", 1, 3)))
+    for name, tensor in part.items():
+        corner = tuple(slice(size) for size in tensor.shape)
+        assert torch.equal(tensor, whole[name][corner])
+    assert part["extractor.conv1.weight"].shape == (4, 1, 3, 3)
+    assert part["classifier.0.fc.weight"].shape == (3, 32)
+
+
+@pytest.mark.parametrize("start", [3, 70])
+def test_with_its_channels_rolled_on_the_whole_network_computes_the_same(start):
+    for arch in ("resnet18-1/16", "resnet18-1/16-exit3"):
+        net = models.build(arch, 2, 3).double().train()
+        whole = models.copy_state(net)
+        sets = models.index_sets(whole, whole, start=start)
+        for name, indices in sets.items():
+            for dim, index in enumerate(indices):
+                assert index.sort().values.tolist() == list(range(whole[name].shape[dim]))
+        rolled = models.build(arch, 2, 3).double().train()
+        rolled.load_state_dict(models.extract(whole, sets))
+        x = torch.randn(5, 2, 32, 32, dtype=torch.float64)
+        torch.testing.assert_close(rolled(x), net(x))
+        assert not same(models.copy_state(rolled), whole)
+
+
+def test_every_channel_is_in_the_window_equally_often_over_a_full_turn():
+    whole, part = small("resnet18-1/16"), models.shapes("resnet18-1/16", 1, 3)
+    narrow = {name: tensor[:2] if tensor.ndim == 4 else tensor for name, tensor in part.items()
+              if name == "extractor.conv1.weight"}
+    visits = torch.zeros(4)
+    for start in range(4):
+        visits[models.index_sets(whole, narrow, start=start)["extractor.conv1.weight"][0]] += 1
+    assert visits.tolist() == [2, 2, 2, 2]
+
+
+def test_a_coordinate_that_nobody_holds_keeps_its_value_and_others_are_weighted_means():
+    old = {"layer.weight": torch.arange(12.0).view(3, 4)}
+    uploads = {2: {"layer.weight": torch.full((2, 2), 10.0)},
+               5: {"layer.weight": torch.full((1, 3), 40.0)}}
+    held = {2: {"layer.weight": (torch.tensor([0, 2]), torch.tensor([1, 2]))},
+            5: {"layer.weight": (torch.tensor([2]), torch.tensor([2, 3, 0]))}}
+    new = models.average(old, uploads, {2: 10, 5: 20}, held=held)["layer.weight"]
+    assert new.tolist() == [[0, 10, 10, 3], [4, 5, 6, 7], [40, 10, 30, 40]]
+    new = models.average(old, uploads, {2: 10, 5: 20}, held=held, uniform=True)["layer.weight"]
+    assert new[2].tolist() == [40, 10, 25, 40]
+
+
+def test_coordinates_held_by_all_are_averaged_bit_for_bit_as_whole_tensors_are():
+    whole = small()
+    rng = torch.Generator().manual_seed(0)
+    uploads = {k: {name: tensor + torch.randn(tensor.shape, generator=rng)
+                   for name, tensor in whole.items()} for k in range(3)}
+    held = dict.fromkeys(uploads, models.index_sets(whole, whole))
+    counts = {0: 31, 1: 5, 2: 17}
+    assert same(models.average(whole, uploads, counts, held=held),
+                models.average(whole, uploads, counts))
+
+
+def test_classes_that_a_part_lacks_are_the_rows_it_does_not_touch():
+    whole = small()
+    sets = models.index_sets(whole, whole, start=5, classes=torch.tensor([0, 2]))
+    rows, columns = sets["classifier.0.fc.weight"]
+    assert rows.tolist() == [0, 2] and sets["classifier.0.fc.bias"][0].tolist() == [0, 2]
+    assert columns[0] == 5  # the window of channels does roll
+
+
+def test_the_scaler_divides_by_the_rate_in_training_alone():
+    scaler, x = models.Scaler(0.25), torch.tensor([1.0, -2.0])
+    assert scaler.train()(x).tolist() == [4, -8] and scaler.eval()(x).tolist() == [1, -2]
+
+
+def test_static_batch_normalisation_keeps_nothing_until_statistics_are_collected():
+    net = models.build("resnet18-1/16", 1, 3)
+    assert all(models.is_parameter(name) for name in net.state_dict())
+    batches = [torch.randn(8, 1, 32, 32) for _ in range(3)]
+    seen = []
+    first = net.classifier[0].norm[1]
+    handle = first.register_forward_hook(lambda layer, x, out: seen.append(x[0]))
+    net.train()
+    models.collect_statistics(net, batches)
+    handle.remove()
+    mean = torch.stack([x.mean(dim=(0, 2, 3)) for x in seen]).mean(dim=0)
+    var = torch.stack([x.var(dim=(0, 2, 3)) for x in seen]).mean(dim=0)
+    torch.testing.assert_close(first.running_mean, mean)
+    torch.testing.assert_close(first.running_var, var)
+    assert not net.training and not any(layer.training for layer in net.modules())
+    # Now a prediction depends on no other image of its batch, and scalers rest.
+    x = torch.cat(batches)
+    torch.testing.assert_close(net(x)[:5], net(x[:5]))
+    inputs = []
+    handle = net.intermediate[0][0].norm[1].register_forward_hook(
+        lambda layer, x, out: inputs.append(x[0]))
+    net(x)
+    handle.remove()
+    torch.testing.assert_close(inputs[0], net.extractor(x))
+
+
+def test_collecting_statistics_leaves_other_networks_as_they_are():
+    net = tiny_net().train()
+    before = models.copy_state(net)
+    models.collect_statistics(net, [torch.randn(4, 1, 8, 8)])
+    assert same(models.copy_state(net), before) and net.training
+
+
+def test_levels_of_scalefl_end_at_later_exits_the_wider_they_are():
+    archs = models.with_exits(models.MODELS["resnet18-widths"])
+    assert archs[0] == "resnet18-1/16-exit1" and archs[-1] == "resnet18-1-exit5"
+    states = [models.shapes(arch, 3, 10) for arch in archs]
+    for level, (small_one, large) in enumerate(zip(states, states[1:]), start=1):
+        assert small_one.keys() < large.keys()
+        heads = {name.split(".")[1] for name in small_one if name.startswith("classifier")}
+        assert heads == {str(head) for head in range(level)}
+    net = models.build(archs[2], 1, 3).eval()
+    models.collect_statistics(net, [torch.randn(8, 1, 32, 32)])
+    logits = net.exit_logits(torch.randn(2, 1, 32, 32))
+    assert [tuple(each.shape) for each in logits] == [(2, 3)] * 3
+    x = torch.randn(2, 1, 32, 32)
+    assert torch.equal(net.exit_logits(x)[-1], net(x))
+    blocks = [len(section) for section in models.build_empty(
+        "resnet152-1-exit5", 3, 10, META).intermediate]
+    assert blocks == [25, 7, 6, 6, 6]  # a half, five, six, seven eighths and all of fifty
+
+
+def test_a_representation_is_what_the_last_layer_receives_with_or_without_a_head():
+    x = torch.randn(2, 1, 32, 32)
+    for net, width in ((models.CNN(1, 3), 512), (models.CNN(1, 3, projection=256), 256),
+                       (models.ResNet((1, 1, 1, 1), 1, 3, projection=256).eval(), 256)):
+        z = models.representation(net, x)
+        assert z.shape == (2, width) and torch.equal(net.classifier.fc(z), net(x))
+    assert num_parameters(models.CNN(1, 3, projection=256)) - num_parameters(models.CNN(1, 3)) == (
+        512 * 512 + 512 + 512 * 256 + 256 - 3 * 256)
+
+
+def test_names_of_blocks_and_buffers_are_told_apart():
+    assert models.block_of("intermediate.layer3.1.conv2.weight") == (
+        "intermediate.layer3", 1, "conv2.weight")
+    assert models.block_of("extractor.layer1.10.bn1.running_var") == (
+        "extractor.layer1", 10, "bn1.running_var")
+    assert models.block_of("extractor.conv1.weight") is models.block_of("classifier.fc.bias") is None
+    net = models.build_empty("resnet10", 1, 10, META)
+    assert {name for name in net.state_dict() if models.is_parameter(name)} == {
+        name for name, _ in net.named_parameters()}
