@@ -80,7 +80,7 @@ CLIP = 1.0  # of the gradient's norm, in the released code of HeteroFL and FedRo
 SELF_DISTILLATION = 0.0  # gamma of ScaleFL's released code; it trains BERT with 0.05
 SCALEFL_TEMPERATURE = 3.0  # of self-distillation
 SCALEFL_WARM_UP = 0.25  # share of the rounds before it begins
-FEDGEN_WEIGHT = 10.0  # of FedGen's two terms in the first round that has them
+FEDGEN_WEIGHT = 10.0  # of FedGen's two terms, before any decay
 FEDGEN_DECAY = 0.98  # of these weights and of the generator's learning rate, a round
 FEDGEN_STEPS = 50  # of the generator, a round
 FEDGEN_BATCH = 32  # latents a step, on the server as on a client
@@ -412,16 +412,17 @@ def normalised_average(old: State, uploads: Mapping[int, State], counts: Mapping
                        norms: Mapping[int, float], uniform: bool = False) -> State:
     """x - tau_eff sum_k p_k d_k,  d_k = (x - y_k) / a_k,  tau_eff = sum_k p_k a_k.
 
-    p_k = n_k / sum n_k, over the clients that hold the layer; a_k is norms[k], above 0.  Computed
-    as the mean of x + (tau_eff / a_k) (y_k - x), where clients would be had all gone equally far:
-    the same, and with equal a_k FedAvg bit for bit.  Buffers are averaged as they are.
+    p_k = n_k / sum n_k, over the clients that hold the layer; a_k is norms[k], 0 for one that made
+    no step.  Computed as the mean of x + (tau_eff / a_k) (y_k - x), where clients would be had all
+    gone equally far: the same, and with equal a_k FedAvg bit for bit.  Buffers are averaged as they
+    are.
     """
     one = torch.ones((), dtype=torch.float64)
     effective = average(dict.fromkeys(old, one), {k: dict.fromkeys(sent, norms[k] * one)
                                                   for k, sent in uploads.items()},
                         counts, uniform=uniform)
     rescaled = {k: {name: torch.lerp(old[name].double(), y.double(),
-                                     float(effective[name]) / norms[k]).to(y.dtype)
+                                     float(effective[name]) / (norms[k] or 1.0)).to(y.dtype)
                     if is_parameter(name) else y for name, y in sent.items()}
                 for k, sent in uploads.items()}
     return average(old, rescaled, counts, uniform=uniform)
@@ -558,22 +559,20 @@ def top_blocks(weights: Mapping[str, State]) -> dict[str, dict[str, tuple[range,
             for arch, larger in pairwise(depths)}
 
 
-def momentum_from(gradients: State, stage: str, blocks: range, like: State) -> State:
+def momentum_from(gradients: State, stage: str, blocks: range) -> State:
     """m: the mean over a larger network's blocks of its gradients, named like the first of them.
 
-    gradients: of the larger network;  like: the smaller network's weights
-    A block that has a weight in another shape, or lacks it, has no part in this weight's mean.
+    gradients: of the larger network's parameters
+    What not all these blocks have, in one shape, is left out: in block 0 the shortcut and the
+    convolution that changes the width.
     """
-    means = {}
-    for name, tensor in like.items():
-        if not name.startswith(f"{stage}.{blocks[0]}.") or not is_parameter(name):
-            continue
-        rest = name.removeprefix(f"{stage}.{blocks[0]}.")
-        found = [gradients[f"{stage}.{block}.{rest}"] for block in blocks
-                 if f"{stage}.{block}.{rest}" in gradients]
-        found = [gradient for gradient in found if gradient.shape == tensor.shape]
-        if found:
-            means[name] = sum(found) / len(found)
+    means, first = {}, f"{stage}.{blocks[0]}."
+    for name, gradient in gradients.items():
+        if name.startswith(first):
+            others = [f"{stage}.{block}.{name.removeprefix(first)}" for block in blocks]
+            if all(other in gradients and gradients[other].shape == gradient.shape
+                   for other in others):
+                means[name] = sum(gradients[other] for other in others) / len(others)
     return means
 
 
@@ -585,8 +584,8 @@ def inclusivefl_server_update(server: dict, updates: Mapping[int, Update], *,
     For the last block d_a - 1 of architecture a in a stage where the next larger one, b, has more:
     x <- x - (momentum m + (1 - momentum) G_a), where G_a = x - mean y over the clients of a, and
     m = the mean of G_b over b's blocks d_a - 1 to d_b - 1.  (The released code overwrites m where
-    it should add.)  Without clients of b there is no momentum, without clients of a no change.
-    Buffers of batch normalisation have no gradient: they are averaged alone.
+    it should add.)  Where there is no m, as without clients of b, x becomes the mean of y; without
+    clients of a it stays.  Buffers of batch normalisation have no gradient, so no m.
     """
     weights, tops = server["weights"], top_blocks(server["weights"])
     sender = senders(weights, updates)
@@ -607,8 +606,9 @@ def inclusivefl_server_update(server: dict, updates: Mapping[int, Update], *,
         for stage, (blocks, larger) in stages.items():
             if not {arch, larger} <= set(sender.values()):
                 continue
-            gradients = {name: x - apart[larger][name] for name, x in weights[larger].items()}
-            for name, m in momentum_from(gradients, stage, blocks, weights[arch]).items():
+            gradients = {name: x - apart[larger][name] for name, x in weights[larger].items()
+                         if is_parameter(name)}
+            for name, m in momentum_from(gradients, stage, blocks).items():
                 new[arch][name] = torch.lerp(apart[arch][name], weights[arch][name] - m, momentum)
     return {**server, "weights": new}
 
@@ -819,7 +819,8 @@ def fedgen_client_update(model: nn.Module, optimizer: Optimizer, received: Gener
                          matching_weight: float = FEDGEN_WEIGHT) -> Result:
     """FedAvg's update with two terms by generated inputs of the last layer (Algorithm 1).
 
-    synthetic_weight: of the last layer's cross entropy on latents of random classes
+    synthetic_weight: of the last layer's cross entropy on FEDGEN_BATCH latents of random classes;
+        it counts FEDGEN_BATCH / batch_size times as much, as in the released code
     matching_weight: of KL(q || p), where p is the prediction for an image, and q, detached, that
         for a latent of the image's class
     Both weights fall by FEDGEN_DECAY a round, to no less than 1e-4.  In round 1 there is no

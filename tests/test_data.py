@@ -101,7 +101,8 @@ def test_no_two_purposes_are_the_same_number():
     purposes = [data.SUBSET, data.PARTITION, data.TEST_SHARES, data.INITIAL_WEIGHTS,
                 data.PARTICIPANTS, data.SPEEDS, data.BATCHES, data.AUGMENTATION,
                 data.FEATURE_BATCH, data.FEATURE_POOL, data.NOISE, data.FEATURE_NOISE,
-                data.GENERATOR_WEIGHTS, data.GENERATOR_NOISE, data.SYNTHETIC, data.FRIEND_BATCHES]
+                data.GENERATOR_WEIGHTS, data.GENERATOR_NOISE, data.SYNTHETIC, data.FRIEND_BATCHES,
+                data.RATE, data.LATENT, data.PROXY, data.PROXY_BATCHES]
     assert len(set(purposes)) == len(purposes)
 
 

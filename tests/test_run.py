@@ -124,6 +124,15 @@ def test_defaults_are_fedin_on_digits_and_the_settings_are_the_papers():
     quick = run.resolve({"method": "local"})
     assert {"participation": 1, "local_epochs": 5, "batch_size": 50, "model": "cnn",
             "rounds": 10}.items() <= quick.items()
+    widths = run.resolve({"dataset": "svhn", "method": "fedrolex"})
+    assert {"setting": "fedin", "model": "resnet152-widths"}.items() <= widths.items()
+    assert run.resolve({"method": "heterofl"})["model"] == "resnet18-widths"
+    feddf = run.resolve({"method": "feddf"})
+    assert {"model": "cnn", "participation": 1, "distillation_steps": 50, "proxy": "holdout",
+            }.items() <= feddf.items()
+    assert run.resolve({"method": "feddf", "dataset": "emnist"})["distillation_steps"] == 500
+    assert run.resolve({"method": "fedgen", "dataset": "emnist"})["setting"] == "apfl"
+    assert run.resolve({"method": "moon"})["mu"] == 1
     assert run.resolve({"method": "fedprox"})["mu"] == 0.1
     assert run.resolve({"method": "fedprox", "setting": "apfl"})["mu"] == 0.01
 
@@ -133,7 +142,7 @@ def test_every_setting_of_a_method_reaches_one_of_its_functions():
         settings = run.resolve({"method": name})
         bound = run.bind(method, settings)
         reached = {keyword for function in bound if function for keyword in function.keywords}
-        elsewhere = {"ablate", "lambda", "semantics", "noise_dim"}
+        elsewhere = {"ablate", "lambda", "semantics", "noise_dim", "proxy"}
         assert set(run.METHOD_DEFAULTS[name]) - elsewhere <= reached
         assert ("balance" in reached) == ("lambda" in settings)
         assert {"local_epochs", "batch_size"} <= reached
@@ -239,6 +248,184 @@ def test_aggregation_per_architecture_is_layerwise_where_there_is_one_alone(tmp_
     flags = [*RESNETS, "--method", "fedavg", "--rounds", "1"]
     assert go(tmp_path / "c", *flags, "--aggregation", "per-architecture") != go(tmp_path / "d",
                                                                                  *flags)
+
+
+# ------------------------------------------------------------------------------ every baseline
+
+BASELINES = {  # method -> flags of a run of some seconds
+    "scaffold": RESNETS, "fednova": CNN, "moon": CNN, "fedgen": CNN, "inclusivefl": RESNETS,
+    "inco": [*RESNETS, "--model", "resnet14"], "feddf": [*RESNETS, "--distillation-steps", "2"],
+    **dict.fromkeys(run.WIDTH_METHODS, [*RESNETS[:-2], "--batch-size", "24"]),
+}
+
+
+@pytest.fixture(scope="module")
+def baseline_runs(tmp_path_factory):
+    """Two rounds of every baseline: method -> folder."""
+    return {method: tmp_path_factory.mktemp(method) / "run" for method in BASELINES}
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_every_baseline_runs(method, baseline_runs):
+    last = go(baseline_runs[method], *BASELINES[method], "--method", method, "--rounds", "2",
+              "--eval-every", "2", "--workers", "2")[-1]
+    assert 0 <= last["accuracy"] <= 100 and last["loss"] > 0 and last["round"] == 2
+    assert ("full_accuracy" in last) == (method in run.WIDTH_METHODS)
+
+
+@pytest.mark.parametrize("method", ["scaffold", "moon", "fedgen", "fedrolex"])
+def test_what_a_method_keeps_is_in_the_checkpoint(method, baseline_runs, tmp_path):
+    flags = [*BASELINES[method], "--method", method, "--eval-every", "2", "--workers", "1"]
+    go(tmp_path, *flags, "--rounds", "1")
+    assert go(tmp_path, "--resume", "--rounds", "2") == lines(baseline_runs[method])
+
+
+def test_a_client_is_sent_what_its_method_says(baseline_runs):
+    def config(method):
+        return json.loads((baseline_runs[method] / "config.json").read_text())
+
+    def size(method, t, weigh):
+        archs = run.architectures_of(config(method))
+        return sum(weigh(archs[k * len(archs) // 5], k) for k in run.draw_participants(
+            config(method), t)) / 1e6
+
+    def whole(arch, k):
+        return models.num_bytes(models.shapes(arch, 1, 10))
+
+    def parameters(arch, k):
+        return sum(4 * tensor.numel() for name, tensor in models.shapes(arch, 1, 10).items()
+                   if models.is_parameter(name))
+
+    for method in ("fednova", "moon", "inco", "inclusivefl", "feddf"):
+        last = lines(baseline_runs[method])[-1]
+        assert last["upload_mb"] == last["download_mb"] == pytest.approx(size(method, 2, whole))
+    last = lines(baseline_runs["scaffold"])[-1]  # weights and control variates
+    both = size("scaffold", 2, lambda arch, k: whole(arch, k) + parameters(arch, k))
+    assert last["upload_mb"] == last["download_mb"] == pytest.approx(both)
+
+    last = lines(baseline_runs["scalefl"])[-1]
+    assert last["upload_mb"] == last["download_mb"] == pytest.approx(size("scalefl", 2, whole))
+    for method in ("heterofl", "fedrolex"):
+        experiment = run.prepare_experiment(config(method))
+
+        def drawn(arch, k):
+            client = experiment.method.assign(experiment.clients[k], experiment.architectures,
+                                              experiment.stream(2, k))
+            return whole(client.arch, k)
+
+        assert lines(baseline_runs[method])[-1]["download_mb"] == pytest.approx(
+            size(method, 2, drawn))
+
+    last = lines(baseline_runs["fedgen"])[-1]
+    saved = torch.load(baseline_runs["fedgen"] / "checkpoint.pt", weights_only=True)["server"]
+    generator_and_classes = models.num_bytes([saved["generator"], torch.arange(10)])
+    assert last["upload_mb"] == pytest.approx(size("fedgen", 2, lambda *_: whole("cnn", 0) + 80))
+    assert last["download_mb"] == pytest.approx(size(
+        "fedgen", 2, lambda *_: whole("cnn", 0) + generator_and_classes))
+
+
+def test_only_stateful_methods_keep_something_on_their_clients(baseline_runs):
+    for method, out in baseline_runs.items():
+        saved = torch.load(out / "checkpoint.pt", weights_only=True)
+        config = json.loads((out / "config.json").read_text())
+        took_part = set(run.draw_participants(config, 1)) | set(run.draw_participants(config, 2))
+        stateful = method in ("scaffold", "moon")
+        assert set(saved["memory"]) == (took_part if stateful else set())
+        if method == "scaffold":
+            variate = saved["memory"][min(took_part)]
+            assert all(models.is_parameter(name) for name in variate)
+
+
+def test_full_accuracy_is_the_whole_networks_and_accuracy_the_mean_over_rates(baseline_runs):
+    out = baseline_runs["heterofl"]
+    last, saved = lines(out)[-1], torch.load(out / "checkpoint.pt", weights_only=True)
+    experiment = run.prepare_experiment(json.loads((out / "config.json").read_text()))
+    (whole,) = saved["server"]["weights"].values()
+    prepare = partial(data.standardise, mean=experiment.statistics[0],
+                      deviation=experiment.statistics[1])
+    rows = torch.cat([client.indices for client in experiment.clients])
+    accuracies = []
+    for arch in models.MODELS["resnet18-widths"]:
+        net = models.build(arch, 1, 10)
+        net.load_state_dict({name: whole[name][tuple(map(slice, tensor.shape))]
+                             for name, tensor in net.state_dict().items()})
+        models.collect_statistics(net, [prepare(experiment.data.x_train[rows])])
+        predicted = models.predict(net, experiment.data.x_test, prepare)
+        accuracies.append(100 * (predicted == experiment.data.y_test).double().mean().item())
+    assert last["accuracy"] == pytest.approx(sum(accuracies) / 5)
+    assert last["full_accuracy"] == pytest.approx(accuracies[-1])
+
+
+def test_moon_with_mu_zero_is_fedavg_from_the_command_line_too(tmp_path):
+    flags = [*CNN, "--rounds", "2"]
+    plain = go(tmp_path / "a", *flags, "--method", "fedavg")
+    assert go(tmp_path / "b", *flags, "--method", "moon", "--mu", "0") == plain
+    assert go(tmp_path / "c", *flags, "--method", "moon") != plain
+
+
+def test_feddf_without_steps_is_fedavg_and_each_proxy_leads_elsewhere(tmp_path):
+    np.savez(tmp_path / "other.npz", x_train=np.eye(8, dtype=np.uint8)[None].repeat(9, 0) * 255,
+             y_train=np.arange(9) % 2, x_test=np.zeros((2, 8, 8), np.uint8), y_test=np.arange(2))
+    flags = [*CNN, "--rounds", "1"]  # 120 of 1,437 images: enough are left over for the server
+    plain = go(tmp_path / "plain", *flags, "--method", "fedavg")
+    flags += ["--method", "feddf", "--distillation-steps"]
+    assert go(tmp_path / "none", *flags, "0") == plain
+    ends = []
+    for name in ("holdout", "noise", str(tmp_path / "other.npz")):
+        out = tmp_path / str(len(ends))
+        go(out, *flags, "2", "--proxy", name)
+        server = torch.load(out / "checkpoint.pt", weights_only=True)["server"]
+        ends.append(server["weights"]["cnn"]["classifier.fc.bias"].tolist())
+    plain = torch.load(tmp_path / "none" / "checkpoint.pt", weights_only=True)["server"]
+    ends.append(plain["weights"]["cnn"]["classifier.fc.bias"].tolist())
+    assert all(a != b for i, a in enumerate(ends) for b in ends[:i])
+
+
+def test_images_held_out_for_the_server_are_no_clients_nor_of_unseen_classes():
+    labels = data.load("digits").y_train
+    settings = run.resolve({"method": "feddf"})
+    chosen, held_out = run.choose_images(settings, labels)
+    assert len(held_out) == 144 and len(chosen) == 1437 - 144  # a tenth
+    assert torch.cat([chosen, held_out]).sort().values.tolist() == list(range(1437))
+    few = run.resolve({"method": "feddf", "train_images": 1400})
+    chosen, held_out = run.choose_images(few, labels)
+    assert len(held_out) == 140 and len(chosen) == 1400 - (140 - 37)
+    assert run.choose_images(run.resolve({"method": "fedavg"}), labels)[1].tolist() == []
+
+    dropout = run.resolve({"method": "feddf", "missing_classes": 0.2, "train_images": 400})
+    proxy = run.prepare_experiment(dropout).method.distil.keywords["proxy"]
+    loaded = data.load("digits")
+    held_out = run.choose_images(dropout, loaded.y_train)[1]
+    kept = held_out[loaded.y_train[held_out] < 8]
+    assert torch.equal(proxy.images, loaded.x_train[kept]) and len(kept) < len(held_out)
+
+
+def test_a_proxy_of_other_channels_is_refused(tmp_path, capsys):
+    np.savez(tmp_path / "colour.npz", x_train=np.zeros((9, 8, 8, 3), np.uint8),
+             y_train=np.arange(9) % 2, x_test=np.zeros((2, 8, 8, 3), np.uint8), y_test=np.arange(2))
+    error = refused(capsys, "--method", "feddf", "--proxy", str(tmp_path / "colour.npz"), "--out",
+                    str(tmp_path / "out"))
+    assert "9 images of 3 channels" in error
+
+
+def test_a_server_that_diverges_stops_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(baselines, "DISTILLATION_LR", 1e38)
+    error = refused(capsys, *CNN, "--method", "feddf", "--distillation-steps", "3", "--out",
+                    str(tmp_path), status=1)
+    assert "round 1, the server's training: a weight is not finite" in error
+
+
+def test_methods_prints_every_method_and_its_flags(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--methods"])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and run.ABOUT.keys() == run.METHODS.keys()
+    rows = {row.split()[0]: row for row in re.split(r"\n\n+", out) if row.strip()}
+    assert rows.keys() == {"method", *run.METHODS}
+    assert "--self-distillation" in rows["scalefl"] and "per-architecture" in rows["moon"]
+    assert "resnet152-widths" in rows["fedrolex"] and "control" in rows["scaffold"]
+    assert "async" in rows["fedprox"] and "async" not in rows["fedin"]
+    assert max(map(len, out.splitlines())) <= 140
 
 
 # ------------------------------------------------------- AP-FL: stages after the last round
@@ -718,7 +905,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_round_and_client(tmp_
 
 @pytest.mark.parametrize("flags, hint", [
     ("--method fedsgd", "invalid choice: 'fedsgd'"),
-    ("--method scaffold", "invalid choice: 'scaffold'"),
+    ("--method heterofl --aggregation per-architecture", "--aggregation is not read with --method "
+     "heterofl, which averages each coordinate over the sub-models that hold it"),
+    ("--method feddf --aggregation layerwise", "--aggregation is not read with --method feddf, "
+     "which averages within each architecture"),
+    ("--method fedrolex --model cnn", "give --model resnet18-widths or resnet152-widths"),
+    ("--model resnet18-widths", "only --method heterofl, fedrolex, scalefl can do"),
+    ("--method scaffold --aggregation async --model cnn", "works with fedavg, fedavg-ft, fedprox"),
+    ("--method scaffold --mu 1", "--mu is not read by --method scaffold"),
+    ("--method heterofl --self-distillation 1", "--self-distillation is not read by --method hete"),
+    ("--method feddf --proxy imagenet", "unknown --proxy 'imagenet': give holdout, noise, or"),
+    ("--method feddf --proxy nowhere.npz", "nowhere.npz"),
+    ("--method feddf --distillation-steps -1", "--distillation-steps: must be a whole number at"),
     ("--dataset minst", "unknown dataset 'minst'"),
     ("--dataset nowhere.npz", "nowhere.npz"),
     ("--model resnet152", "invalid choice"),
