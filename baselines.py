@@ -12,8 +12,8 @@ A method is a few functions.  Each takes and returns plain values:
                                                      it holds before its first round
     <m>_assign(client, architectures, stream) -> client  only where a client has another
                                                      architecture in every round
-    <m>_distil(server, updates, build, stream, *, ...) -> server  only where the server trains, after
-                                                     its update of every round
+    <m>_distil(server, updates, build, stream, *, ...) -> server  only where the server trains: what
+                                                     it does after its update of every round
     <m>_trains_late(server, client) -> bool          only where clients train on the final global
                                                      model: whether this one does
 
@@ -453,8 +453,8 @@ def contrastive_loss(z: Tensor, z_global: Tensor, z_previous: Tensor, temperatur
     s_g, s_p: cosine similarity of z to z_global and z_previous, all (B, width); tau: temperature
     Near to the global model's representation is good, near to that of the client's own last is bad.
     """
-    similarities = torch.stack([F.cosine_similarity(z, z_global), F.cosine_similarity(z, z_previous)])
-    return -F.log_softmax(similarities / temperature, dim=0)[0].mean()
+    similarities = [F.cosine_similarity(z, other) for other in (z_global, z_previous)]
+    return -F.log_softmax(torch.stack(similarities) / temperature, dim=0)[0].mean()
 
 
 def moon_initial_memory(server: dict, client: Client) -> State:
@@ -478,7 +478,8 @@ def moon_client_update(model: nn.Module, optimizer: Optimizer, received: State, 
     for x, y in batches(data, batch_size, local_epochs, stream(BATCHES)):
         z = representation(model, x)
         with torch.no_grad():
-            z_global, z_previous = representation(global_model, x), representation(previous_model, x)
+            z_global = representation(global_model, x)
+            z_previous = representation(previous_model, x)
         loss = F.cross_entropy(model.classifier[-1](z), y)
         optimizer.zero_grad()
         (loss + mu * contrastive_loss(z, z_global, z_previous, temperature)).backward()
@@ -579,7 +580,7 @@ def momentum_from(gradients: State, stage: str, blocks: range) -> State:
 def inclusivefl_server_update(server: dict, updates: Mapping[int, Update], *,
                               aggregation: Callable = layerwise_average, uniform: bool = False,
                               momentum: float = INCLUSIVE_MOMENTUM) -> dict:
-    """Shared layers are averaged; top blocks of smaller networks are their own and learn by momentum.
+    """Shared layers are averaged; top blocks of smaller networks are their own, learn by momentum.
 
     For the last block d_a - 1 of architecture a in a stage where the next larger one, b, has more:
     x <- x - (momentum m + (1 - momentum) G_a), where G_a = x - mean y over the clients of a, and

@@ -129,7 +129,7 @@ def resnet_stage(width_in: int, width: int, blocks: int, stride: int) -> nn.Sequ
 
 def classifier_layers(width: int, num_classes: int,
                       projection: int | None) -> OrderedDict[str, nn.Module]:
-    """The last layer, fc, and before it, if asked for, MOON's projection head of so many outputs."""
+    """The last layer, fc, and before it, where not None, MOON's projection head of that width."""
     layers = OrderedDict()
     if projection is not None:
         layers["projection"] = nn.Sequential(nn.Linear(width, width), nn.ReLU(inplace=True),
@@ -143,7 +143,7 @@ def representation(model: nn.Module, x: Tensor) -> Tensor:
     return model.classifier[:-1](model.intermediate(model.extractor(x)))
 
 
-# ------------------------------------------------------------------- networks of any width and depth
+# ------------------------------------------------------------------ networks of any width and depth
 
 
 class Scaler(nn.Module):
@@ -243,7 +243,7 @@ def build(arch: str, channels: int, num_classes: int) -> nn.Module:
     """A new network of an architecture; its weights are drawn from torch's global generator.
 
     Names of architectures are those of MODELS, and of with_exits: "cnn", "resnet10",
-    "resnet18-1/4" (ResNet18 at a quarter of its width), "resnet18-1/4-exit3" (up to its third exit).
+    "resnet18-1/4" (ResNet18 at a quarter of its width), "resnet18-1/4-exit3" (up to its exit 3).
     """
     if arch == "cnn":
         return CNN(channels, num_classes)
@@ -420,9 +420,9 @@ def index_sets(whole: State, part: State, *, start: int = 0,
     """Where the weights of a narrower network lie in those of the whole one.
 
     A sub-model has n consecutive channels of a layer's C, counted modulo C:
-    start, start + 1, ..., start + n - 1.  Layers of equal C have the same, so that what one puts out
-    is what the next takes in, and the two sides of a residual sum agree.  Image channels and
-    classes are never cut.
+    start, start + 1, ..., start + n - 1.  Layers of equal C have the same ones, so that what one
+    puts out is what the next takes in, and the two sides of a residual sum agree.  Image channels
+    and classes are never cut.
 
     part: its weights; only names, which may be some of whole's, and shapes (n) are read
     start: 0 in HeteroFL (Algorithm 1), the number of the round in FedRolex (Algorithm 1)

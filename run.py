@@ -664,8 +664,9 @@ def prepare_experiment(settings: dict) -> Experiment:
                for k, part in enumerate(parts)]
     spread = settings.get("speed_spread", SPEED_SPREAD)
     speeds = spread ** data.numpy_stream(seed, data.SPEEDS).uniform(size=num_clients)
-    return Experiment(settings, bind(METHODS[settings["method"]], settings, proxy), on_device, clients,
-                      dropouts, sorted(seen), unseen, [share.to(device) for share in shares],
+    method = bind(METHODS[settings["method"]], settings, proxy)
+    return Experiment(settings, method, on_device, clients, dropouts, sorted(seen), unseen,
+                      [share.to(device) for share in shares],
                       (mean.to(device), deviation.to(device)), speeds.tolist(),
                       {arch: [] for arch in archs})
 
@@ -771,8 +772,8 @@ def train_client(experiment: Experiment, update: Callable, t: int, client: Clien
     experiment.free[client.arch].append((model, optimizer))
     finite = [tensor.isfinite().all() for tensor in models.tensors_in((result.update, result.kept))]
     if not (math.isfinite(result.loss) and torch.stack(finite).all()):
-        raise FloatingPointError(f"client {client.id}: the loss or a weight is not finite any more; a "
-                                 "smaller --lr may help")
+        raise FloatingPointError(f"client {client.id}: the loss or a weight is not finite any "
+                                 "more; a smaller --lr may help")
     return result
 
 
@@ -1276,8 +1277,10 @@ def draw_curves(path: Path, history: list[dict], title: str) -> None:
     left, right = figure.subplots(1, 2)
     rounds, last = [entry["round"] for entry in history], history[-1]
     marker = "o" if len(rounds) <= 30 else None
-    for name, label, colour in (("accuracy", "whole test set", "C0"),
-                                ("personal_accuracy", "own share of it", "C1")):
+    shown = [("accuracy", "whole test set", "C0"), ("personal_accuracy", "own share of it", "C1")]
+    if "full_accuracy" in last:
+        shown.append(("full_accuracy", "whole test set, whole network", "C2"))
+    for name, label, colour in shown:
         left.plot(rounds, [in_round(entry, name) for entry in history], marker=marker,
                   markersize=3, label=label, color=colour)
         if "global_accuracy" in last:
@@ -1404,6 +1407,9 @@ def describe(experiment: Experiment, server: dict, out: Path) -> None:
     if held < len(dataset.classes):
         print(f"{len(dataset.classes) - held} of {len(dataset.classes)} classes are with no client "
               "(more --clients hold more), and their images are left out")
+    if "proxy" in settings:
+        proxy = experiment.method.distil.keywords["proxy"]
+        print(f"the server holds {len(proxy.images):,} unlabelled images ({settings['proxy']})")
     for arch in experiment.architectures:
         state = models.shapes(arch, channels, len(dataset.classes))
         size = sum(tensor.numel() for name, tensor in state.items() if models.is_parameter(name))

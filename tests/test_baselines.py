@@ -1,6 +1,7 @@
 """FedAvg and the other baselines: identities between them, and against loops written out here."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -190,7 +191,8 @@ def uploads_of(weights: dict, archs, seed: int = 1) -> dict:
     """Client id -> an update of its architecture's weights, moved at random."""
     rng = torch.Generator().manual_seed(seed)
     return {k: baselines.Update(
-        {name: tensor + (torch.randn(tensor.shape, generator=rng) if models.is_parameter(name) else 1)
+        {name: tensor + (torch.randn(tensor.shape, generator=rng)
+                         if models.is_parameter(name) else 1)
          for name, tensor in weights[arch].items()}, 10 + k) for k, arch in enumerate(archs)}
 
 
@@ -236,7 +238,8 @@ def test_the_first_round_of_scaffold_is_fedavgs_with_twice_the_traffic():
     ours = baselines.scaffold_client_update(*adam(), down, tiny_data(), stream, kept, **EPOCHS)
     plain = baselines.fedavg_client_update(*adam(), received(), tiny_data(), stream, **EPOCHS)
     assert same(ours.update.weights, plain.update.weights) and ours.loss == plain.loss
-    again = baselines.scaffold_client_update(*adam(), down, tiny_data(), stream, ours.kept, **EPOCHS)
+    again = baselines.scaffold_client_update(*adam(), down, tiny_data(), stream, ours.kept,
+                                             **EPOCHS)
     assert not same(again.update.weights, plain.update.weights)
     after = baselines.scaffold_server_update(server, {0: ours.update}, num_clients=1)["weights"]
     assert all_same(after, baselines.fedavg_server_update(server, {0: plain.update})["weights"])
@@ -254,7 +257,7 @@ def test_moon_with_mu_zero_is_fedavg_and_keeps_its_model():
     assert not same(pulled.update.weights, plain.update.weights)
 
 
-# ----------------------------------------------------------- identities: sub-models, server training
+# ---------------------------------------------------------- identities: sub-models, server training
 
 NARROW = "resnet18-1/16"
 
@@ -572,3 +575,21 @@ def test_scaffold_keeps_what_layers_share_shared(aggregation):
     middle = models.interpolate(server["weights"]["resnet10"], new["weights"]["resnet10"], 0.5)
     for name, tensor in middle.items():
         torch.testing.assert_close(half["weights"]["resnet10"][name], tensor)
+
+
+def test_equations_run_when_copied_into_a_file_of_their_own():
+    # The lines that the README names; the first leaves annotations unread.
+    head = ("from __future__ import annotations\nimport torch\n"
+            "import torch.nn.functional as F\n")
+    a, b, y = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0)).unbind(dim=2) + (
+        torch.tensor([0, 2, 1]),)
+    for function, arguments in ((baselines.accumulated_norm, (5, 0.9)),
+                                (baselines.contrastive_loss, (a, b, a + b, 0.5)),
+                                (baselines.mask_absent, (a, torch.tensor([1, 3]))),
+                                (baselines.exits_loss, ([a, b], y, 0.1, 3.0)),
+                                (baselines.distillation_loss, (a, b, 2.0))):
+        namespace = {}
+        exec(head + inspect.getsource(function), namespace)
+        copied = namespace[function.__name__]
+        assert torch.equal(torch.as_tensor(copied(*arguments)),
+                           torch.as_tensor(function(*arguments)))

@@ -434,7 +434,8 @@ def test_names_of_blocks_and_buffers_are_told_apart():
         "intermediate.layer3", 1, "conv2.weight")
     assert models.block_of("extractor.layer1.10.bn1.running_var") == (
         "extractor.layer1", 10, "bn1.running_var")
-    assert models.block_of("extractor.conv1.weight") is models.block_of("classifier.fc.bias") is None
+    assert models.block_of("extractor.conv1.weight") is None
+    assert models.block_of("classifier.fc.bias") is None
     net = models.build_empty("resnet10", 1, 10, META)
     assert {name for name in net.state_dict() if models.is_parameter(name)} == {
         name for name, _ in net.named_parameters()}

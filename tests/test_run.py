@@ -260,29 +260,37 @@ BASELINES = {  # method -> flags of a run of some seconds
 
 
 @pytest.fixture(scope="module")
-def baseline_runs(tmp_path_factory):
-    """Two rounds of every baseline: method -> folder."""
-    return {method: tmp_path_factory.mktemp(method) / "run" for method in BASELINES}
+def baseline_run(tmp_path_factory):
+    """From a baseline's name to the folder of a run of two rounds, which is made once."""
+    made = {}
+
+    def folder_of(method: str) -> Path:
+        if method not in made:
+            made[method] = tmp_path_factory.mktemp(method) / "run"
+            go(made[method], *BASELINES[method], "--method", method, "--rounds", "2",
+               "--eval-every", "2", "--workers", "2")
+        return made[method]
+
+    return folder_of
 
 
 @pytest.mark.parametrize("method", BASELINES)
-def test_every_baseline_runs(method, baseline_runs):
-    last = go(baseline_runs[method], *BASELINES[method], "--method", method, "--rounds", "2",
-              "--eval-every", "2", "--workers", "2")[-1]
+def test_every_baseline_run(method, baseline_run):
+    last = lines(baseline_run(method))[-1]
     assert 0 <= last["accuracy"] <= 100 and last["loss"] > 0 and last["round"] == 2
     assert ("full_accuracy" in last) == (method in run.WIDTH_METHODS)
 
 
 @pytest.mark.parametrize("method", ["scaffold", "moon", "fedgen", "fedrolex"])
-def test_what_a_method_keeps_is_in_the_checkpoint(method, baseline_runs, tmp_path):
+def test_what_a_method_keeps_is_in_the_checkpoint(method, baseline_run, tmp_path):
     flags = [*BASELINES[method], "--method", method, "--eval-every", "2", "--workers", "1"]
     go(tmp_path, *flags, "--rounds", "1")
-    assert go(tmp_path, "--resume", "--rounds", "2") == lines(baseline_runs[method])
+    assert go(tmp_path, "--resume", "--rounds", "2") == lines(baseline_run(method))
 
 
-def test_a_client_is_sent_what_its_method_says(baseline_runs):
+def test_a_client_is_sent_what_its_method_says(baseline_run):
     def config(method):
-        return json.loads((baseline_runs[method] / "config.json").read_text())
+        return json.loads((baseline_run(method) / "config.json").read_text())
 
     def size(method, t, weigh):
         archs = run.architectures_of(config(method))
@@ -297,13 +305,13 @@ def test_a_client_is_sent_what_its_method_says(baseline_runs):
                    if models.is_parameter(name))
 
     for method in ("fednova", "moon", "inco", "inclusivefl", "feddf"):
-        last = lines(baseline_runs[method])[-1]
+        last = lines(baseline_run(method))[-1]
         assert last["upload_mb"] == last["download_mb"] == pytest.approx(size(method, 2, whole))
-    last = lines(baseline_runs["scaffold"])[-1]  # weights and control variates
+    last = lines(baseline_run("scaffold"))[-1]  # weights and control variates
     both = size("scaffold", 2, lambda arch, k: whole(arch, k) + parameters(arch, k))
     assert last["upload_mb"] == last["download_mb"] == pytest.approx(both)
 
-    last = lines(baseline_runs["scalefl"])[-1]
+    last = lines(baseline_run("scalefl"))[-1]
     assert last["upload_mb"] == last["download_mb"] == pytest.approx(size("scalefl", 2, whole))
     for method in ("heterofl", "fedrolex"):
         experiment = run.prepare_experiment(config(method))
@@ -313,19 +321,20 @@ def test_a_client_is_sent_what_its_method_says(baseline_runs):
                                               experiment.stream(2, k))
             return whole(client.arch, k)
 
-        assert lines(baseline_runs[method])[-1]["download_mb"] == pytest.approx(
+        assert lines(baseline_run(method))[-1]["download_mb"] == pytest.approx(
             size(method, 2, drawn))
 
-    last = lines(baseline_runs["fedgen"])[-1]
-    saved = torch.load(baseline_runs["fedgen"] / "checkpoint.pt", weights_only=True)["server"]
+    last = lines(baseline_run("fedgen"))[-1]
+    saved = torch.load(baseline_run("fedgen") / "checkpoint.pt", weights_only=True)["server"]
     generator_and_classes = models.num_bytes([saved["generator"], torch.arange(10)])
     assert last["upload_mb"] == pytest.approx(size("fedgen", 2, lambda *_: whole("cnn", 0) + 80))
     assert last["download_mb"] == pytest.approx(size(
         "fedgen", 2, lambda *_: whole("cnn", 0) + generator_and_classes))
 
 
-def test_only_stateful_methods_keep_something_on_their_clients(baseline_runs):
-    for method, out in baseline_runs.items():
+def test_only_stateful_methods_keep_something_on_their_clients(baseline_run):
+    for method in BASELINES:
+        out = baseline_run(method)
         saved = torch.load(out / "checkpoint.pt", weights_only=True)
         config = json.loads((out / "config.json").read_text())
         took_part = set(run.draw_participants(config, 1)) | set(run.draw_participants(config, 2))
@@ -336,8 +345,8 @@ def test_only_stateful_methods_keep_something_on_their_clients(baseline_runs):
             assert all(models.is_parameter(name) for name in variate)
 
 
-def test_full_accuracy_is_the_whole_networks_and_accuracy_the_mean_over_rates(baseline_runs):
-    out = baseline_runs["heterofl"]
+def test_full_accuracy_is_the_whole_networks_and_accuracy_the_mean_over_rates(baseline_run):
+    out = baseline_run("heterofl")
     last, saved = lines(out)[-1], torch.load(out / "checkpoint.pt", weights_only=True)
     experiment = run.prepare_experiment(json.loads((out / "config.json").read_text()))
     (whole,) = saved["server"]["weights"].values()
