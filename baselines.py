@@ -51,6 +51,7 @@ FedDF        Lin et al., Ensemble Distillation for Robust Model Fusion in Federa
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice, pairwise
@@ -65,18 +66,18 @@ from data import (BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, LATENT, PROXY_BAT
                   ClientData, batches, samples_per_epoch)
 from generator import (class_weights, initial_latent_generator, load_latent_generator,
                        sample_latents, train_latent_generator)
-from models import (State, architecture_of, average, block_of, copy_state, extract, index_sets,
+from models import (State, average, block_of, copy_state, extract, index_sets,
                     interpolate, is_parameter, layerwise_average, per_architecture_average,
                     predict_logits, representation, shapes)
 
 FEDPROX_MU = 0.1  # mu; FedIN prints mu/2 = 0.05 for FedProx and for itself (Sec. 5.1)
 FEDPROX_MU_APFL = 0.01  # mu in AP-FL's setting, where the paper gives none
-MOON_MU = 1.0  # mu; MOON tunes it per data set: 5, 10 or 1
+MOON_MU = 1.0  # mu; MOON's own for CIFAR-10 is 5
 MOON_TEMPERATURE = 0.5  # tau
 INCO_STEP_LIMIT = 5.0  # of theta, in the released code of InCo
 INCO_UPDATE_LIMIT = 0.1  # of an entry of the combined update, likewise
 INCLUSIVE_MOMENTUM = 0.2  # beta of InclusiveFL's released code
-CLIP = 1.0  # of the gradient's norm, in the released code of HeteroFL and FedRolex
+CLIP = 1.0  # of the gradient's norm, in the released code of HeteroFL and FedRolex (ScaleFL: none)
 SELF_DISTILLATION = 0.0  # gamma of ScaleFL's released code; it trains BERT with 0.05
 SCALEFL_TEMPERATURE = 3.0  # of self-distillation
 SCALEFL_WARM_UP = 0.25  # share of the rounds before it begins
@@ -184,7 +185,7 @@ def fedavg_server_update(server: dict, updates: Mapping[int, Update], *,
 
 
 def with_class_counts(result: Result, data: ClientData) -> Result:
-    """The same result, whose update tells besides how many images of each class the client has."""
+    """The same result, whose update also carries the client's class counts."""
     num_classes = len(result.update.weights["classifier.fc.bias"])
     counts = data.labels[data.indices].bincount(minlength=num_classes)
     return result._replace(update=LabelledUpdate(*result.update, counts))
@@ -196,7 +197,7 @@ def senders(weights: Mapping[str, State], updates: Mapping[int, Any]) -> dict[in
             if update.weights.keys() == state.keys()}
 
 
-def fedavg_deploy(server: dict, client: Client, kept: None) -> tuple[str, State]:
+def fedavg_deploy(server: dict, client: Client, kept: Any) -> tuple[str, State]:
     """A client uses the global model of its architecture."""
     return client.arch, server["weights"][client.arch]
 
@@ -308,8 +309,9 @@ def scaffold_init(weights: dict[str, State]) -> dict:
 
 
 def scaffold_initial_memory(server: dict, client: Client) -> State:
-    """Before its first round a client's control variate c_k is zero."""
-    return {name: torch.zeros_like(c) for name, c in server["variates"][client.arch].items()}
+    """Before its first round a client's control variate c_k is zero, which takes no memory."""
+    return {name: c.new_zeros(()).expand_as(c)
+            for name, c in server["variates"][client.arch].items()}
 
 
 def scaffold_download(server: dict, client: Client, stream: Stream) -> Scaffolded:
@@ -349,12 +351,13 @@ def scaffold_client_update(model: nn.Module, optimizer: Optimizer, received: Sca
 
 
 def scaffold_server_update(server: dict, updates: Mapping[int, ScaffoldUpdate], *,
-                           num_clients: int, aggregation: Callable = layerwise_average,
+                           owners: Mapping[int, str], aggregation: Callable = layerwise_average,
                            uniform: bool = False, server_lr: float = 1.0) -> dict:
     """x <- x + server_lr mean(y - x);  c <- c + (sum of changes) / N (Algorithm 1, lines 16-17).
 
-    N is the number of clients that own the layer, drawn or not.  So c stays the mean of the c_k
-    over its owners, which with all clients for N would fail for layers that not all have.
+    owners: every client that takes part, drawn or not -> its architecture
+    N counts the owners of a layer.  So c stays the mean of the c_k over them; with all clients for
+    N it would not, for layers that only some own.
     """
     def step(old: State, uploads: Mapping, counts: Mapping, *, uniform: bool) -> State:
         mean = average(old, uploads, counts, uniform=uniform)
@@ -365,15 +368,16 @@ def scaffold_server_update(server: dict, updates: Mapping[int, ScaffoldUpdate], 
         change = average(zeros, changes, counts, uniform=uniform)
         return {name: c + change[name] for name, c in old.items()}
 
-    zero = torch.zeros(())  # what every variate of a client that was not drawn changes by
-    architectures = list(server["variates"])
-    changes = {k: updates[k].change if k in updates else dict.fromkeys(
-        server["variates"][architecture_of(k, num_clients, architectures)], zero)
-        for k in range(num_clients)}
+    changes = {k: update.change for k, update in updates.items()}
+    counts = dict.fromkeys(changes, 1)
+    not_drawn = Counter(arch for k, arch in owners.items() if k not in updates)
+    for number, (arch, count) in enumerate(not_drawn.items(), start=1):
+        # One of them, counted so many times, stands for all: their variates change by nothing.
+        changes[-number] = dict.fromkeys(server["variates"][arch], torch.zeros(()))
+        counts[-number] = count
     server = fedavg_server_update(server, updates, aggregation=aggregation, uniform=uniform,
                                   rule=step)
-    return {**server, "variates": aggregation(server["variates"], changes, {}, uniform=True,
-                                              rule=add_mean)}
+    return {**server, "variates": aggregation(server["variates"], changes, counts, rule=add_mean)}
 
 
 # ------------------------------------------------------------------------------------------ FedNova
@@ -400,7 +404,7 @@ def accumulated_norm(steps: int, momentum: float = 0.0) -> float:
 def fednova_client_update(model: nn.Module, optimizer: Optimizer, received: State,
                           data: ClientData, stream: Stream, *, local_epochs: int,
                           batch_size: int) -> Result:
-    """FedAvg's update; what is sent tells besides how far so many steps go."""
+    """FedAvg's update; the client also sends a_k, how far its steps go."""
     result = fedavg_client_update(model, optimizer, received, data, stream,
                                   local_epochs=local_epochs, batch_size=batch_size)
     steps = local_epochs * math.ceil(samples_per_epoch(len(data.indices), batch_size) / batch_size)
@@ -414,8 +418,8 @@ def normalised_average(old: State, uploads: Mapping[int, State], counts: Mapping
 
     p_k = n_k / sum n_k, over the clients that hold the layer; a_k is norms[k], 0 for one that made
     no step.  Computed as the mean of x + (tau_eff / a_k) (y_k - x), where clients would be had all
-    gone equally far: the same, and with equal a_k FedAvg bit for bit.  Buffers are averaged as they
-    are.
+    gone equally far: the same, and with equal a_k FedAvg bit for bit.  These are rounded to the
+    weights' own type, so as not to hold all uploads in float64.  Buffers are averaged as they are.
     """
     one = torch.ones((), dtype=torch.float64)
     effective = average(dict.fromkeys(old, one), {k: dict.fromkeys(sent, norms[k] * one)
@@ -591,16 +595,19 @@ def inclusivefl_server_update(server: dict, updates: Mapping[int, Update], *,
     weights, tops = server["weights"], top_blocks(server["weights"])
     sender = senders(weights, updates)
 
-    def with_own_tops(arch: str, state: State) -> State:
+    def own_name(arch: str, name: str) -> str:  # under which a top block is shared with no other
         own = tuple(f"{stage}.{blocks[0]}." for stage, (blocks, _) in tops.get(arch, {}).items())
-        return {f"{name} of {arch}" if name.startswith(own) else name: tensor
-                for name, tensor in state.items()}
+        return f"{name} of {arch}" if name.startswith(own) else name
+
+    def renamed(arch: str, state: State) -> State:
+        return {own_name(arch, name): tensor for name, tensor in state.items()}
 
     means = fedavg_server_update(
-        {"weights": {arch: with_own_tops(arch, state) for arch, state in weights.items()}},
-        {k: update._replace(weights=with_own_tops(sender[k], update.weights))
+        {"weights": {arch: renamed(arch, state) for arch, state in weights.items()}},
+        {k: update._replace(weights=renamed(sender[k], update.weights))
          for k, update in updates.items()}, aggregation=aggregation, uniform=uniform)["weights"]
-    new = {arch: dict(zip(state, means[arch].values())) for arch, state in weights.items()}
+    new = {arch: {name: means[arch][own_name(arch, name)] for name in state}
+           for arch, state in weights.items()}
     apart = fedavg_server_update(server, updates, aggregation=per_architecture_average,
                                  uniform=uniform)["weights"]
     for arch, stages in tops.items():
@@ -608,9 +615,10 @@ def inclusivefl_server_update(server: dict, updates: Mapping[int, Update], *,
             if not {arch, larger} <= set(sender.values()):
                 continue
             gradients = {name: x - apart[larger][name] for name, x in weights[larger].items()
-                         if is_parameter(name)}
+                         if is_parameter(name)}  # G_b
             for name, m in momentum_from(gradients, stage, blocks).items():
-                new[arch][name] = torch.lerp(apart[arch][name], weights[arch][name] - m, momentum)
+                # new holds x - G_a as yet
+                new[arch][name] = torch.lerp(new[arch][name], weights[arch][name] - m, momentum)
     return {**server, "weights": new}
 
 
@@ -626,7 +634,7 @@ class WidthUpdate(NamedTuple):
 
 
 def heterofl_init(weights: dict[str, State]) -> dict:
-    """The weights of the whole network, and the first channel of sub-models, which stays 0."""
+    """The weights of the whole network, and the first channel of sub-models (FedRolex moves it)."""
     return {**fedavg_init(weights), "start": 0}
 
 
@@ -650,9 +658,10 @@ def heterofl_download(server: dict, client: Client, stream: Stream) -> State:
 
 
 def mask_absent(logits: Tensor, classes: Tensor) -> Tensor:
-    """Logits (B, C) with 0 for all but these classes: HeteroFL's masked cross entropy needs them.
+    """Logits (B, C) with 0 for all but these classes, for HeteroFL's masked cross entropy.
 
-    0, not minus infinity: what the network says of a class that the client lacks is not punished.
+    Absent classes get no gradient.  0, as in the released code, not minus infinity, which would
+    leave a client of a single class with nothing to learn.
     """
     absent = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
     absent[classes] = False
@@ -668,7 +677,7 @@ def clip_gradient(model: nn.Module, clip: float | None) -> None:
 def heterofl_client_update(model: nn.Module, optimizer: Optimizer, received: State,
                            data: ClientData, stream: Stream, *, local_epochs: int, batch_size: int,
                            masked: bool = True, clip: float | None = CLIP) -> Result:
-    """Train the sub-model by masked cross entropy; send the rows of own classes of the last layer.
+    """Train the sub-model by masked cross entropy; of the last layer send only own classes' rows.
 
     masked=False: plain cross entropy, and all rows are sent.  clip: see clip_gradient
     """
@@ -737,8 +746,17 @@ def scalefl_init(weights: dict[str, State]) -> dict:
 
 
 def scalefl_download(server: dict, client: Client, stream: Stream, *, rounds: int) -> Scaled:
-    """The sub-model of the client's level: narrower, and ending at an earlier exit."""
+    """The sub-model of the client's level: narrower, and ending at an earlier exit.
+
+    Self-distillation begins after a quarter of all rounds; when --rounds grow, later.
+    """
     return Scaled(submodel(server, client.arch), server["round"] >= SCALEFL_WARM_UP * rounds)
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(softmax(teacher / T) || softmax(student / T)) of logits (B, C), mean over samples."""
+    return F.kl_div((student / temperature).log_softmax(dim=1),
+                    (teacher / temperature).softmax(dim=1), reduction="batchmean")
 
 
 def exits_loss(logits: Sequence[Tensor], y: Tensor, gamma: float, temperature: float) -> Tensor:
@@ -750,12 +768,11 @@ def exits_loss(logits: Sequence[Tensor], y: Tensor, gamma: float, temperature: f
     logits: of each exit, (B, C)
     """
     m, total = len(logits), 0.0
-    teacher = (logits[-1].detach() / temperature).softmax(dim=1)
     for j, student in enumerate(logits, start=1):
         loss = F.cross_entropy(student, y)
         if gamma > 0 and j < m:
-            loss = loss + gamma * temperature**2 * F.kl_div(
-                (student / temperature).log_softmax(dim=1), teacher, reduction="batchmean")
+            loss = loss + gamma * temperature**2 * distillation_loss(student, logits[-1].detach(),
+                                                                     temperature)
         total = total + j * loss
     return total / (m * (m + 1) / 2)
 
@@ -765,7 +782,7 @@ def scalefl_client_update(model: nn.Module, optimizer: Optimizer, received: Scal
                           self_distillation: float = SELF_DISTILLATION,
                           temperature: float = SCALEFL_TEMPERATURE,
                           clip: float | None = CLIP) -> Result:
-    """Train all exits of the sub-model together, the later the more; logged is the last one's loss.
+    """Train all exits of the sub-model together; the loss in the log is the last exit's.
 
     self_distillation, temperature: gamma and T of exits_loss
     """
@@ -785,7 +802,7 @@ def scalefl_client_update(model: nn.Module, optimizer: Optimizer, received: Scal
 
 def scalefl_server_update(server: dict, updates: Mapping[int, WidthUpdate], *,
                           uniform: bool = False) -> dict:
-    """HeteroFL's average, over blocks and exits too: a coordinate counts for those that hold it."""
+    """HeteroFL's average, which goes over those clients alone whose level has a block or an exit."""
     server = heterofl_server_update(server, updates, uniform=uniform)
     return {**server, "round": server["round"] + 1}
 
@@ -843,8 +860,7 @@ def fedgen_client_update(model: nn.Module, optimizer: Optimizer, received: Gener
             random_y = received.classes[drawn.to(y.device)]
             latents = sample_latents(generator, torch.cat([random_y, y]), rng)
             synthetic, like_y = model.classifier.fc(latents).split([FEDGEN_BATCH, len(y)])
-            matching = F.kl_div(logits.log_softmax(dim=1), like_y.detach().softmax(dim=1),
-                                reduction="batchmean")
+            matching = distillation_loss(logits, like_y.detach())
             objective = (loss + FEDGEN_BATCH / batch_size * alpha
                          * F.cross_entropy(synthetic, random_y) + beta * matching)
         optimizer.zero_grad()
@@ -893,12 +909,6 @@ def mean_logits(build: Callable, weights: Mapping[str, State], updates: Mapping[
     return total / len(updates)
 
 
-def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(softmax(teacher / T) || softmax(student / T)) of logits (B, C), mean over samples."""
-    return F.kl_div((student / temperature).log_softmax(dim=1),
-                    (teacher / temperature).softmax(dim=1), reduction="batchmean")
-
-
 def feddf_server_update(server: dict, updates: Mapping[int, Update], *,
                         uniform: bool = False) -> dict:
     """FedAvg's average within each architecture, which the server goes on training by itself."""
@@ -907,25 +917,27 @@ def feddf_server_update(server: dict, updates: Mapping[int, Update], *,
 
 
 def feddf_distil(server: dict, updates: Mapping[int, Update], build: Callable, stream: Stream, *,
-                 proxy: ClientData, distillation_steps: int = DISTILLATION_STEPS,
+                 proxy: ClientData | None, distillation_steps: int = DISTILLATION_STEPS,
                  temperature: float = 1.0) -> dict:
     """Distil the clients' mean logits on proxy images into the averaged models (Algorithms 1, 3).
 
     build: (architecture, weights) -> a network
     proxy: unlabelled images; its labels are not read
     Every architecture has a student, which begins with the average of its own clients, and they all
-    have all clients for teachers.  (The released code stops early, by a validation set.)
+    have all clients for teachers, and the same batches.  (The released code stops early, by a
+    validation set.)
     """
     if distillation_steps == 0:
         return server
+    # Logits stand where labels do, so that a batch comes with its teacher.
     labelled = proxy._replace(labels=mean_logits(build, server["weights"], updates, proxy))
     new = {}
     for arch, weights in server["weights"].items():
         student = build(arch, weights).train()
         optimizer = torch.optim.Adam(student.parameters(), lr=DISTILLATION_LR, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, distillation_steps)
-        endless = batches(labelled, DISTILLATION_BATCH, distillation_steps, stream(PROXY_BATCHES))
-        for x, teacher in islice(endless, distillation_steps):
+        enough = batches(labelled, DISTILLATION_BATCH, distillation_steps, stream(PROXY_BATCHES))
+        for x, teacher in islice(enough, distillation_steps):
             loss = distillation_loss(student(x), teacher, temperature)
             optimizer.zero_grad()
             loss.backward()

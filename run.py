@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -132,25 +132,23 @@ METHOD_DEFAULTS = {  # the flags that a method reads beside the common ones
              "generator_steps": apfl.GENERATOR_STEPS, "generator_batch": apfl.GENERATOR_BATCH,
              "friend_epochs": apfl.FRIEND_EPOCHS},
 }
-ABOUT = {  # for --methods: paper, what a client sends, what it keeps; what the server keeps
-    "local": ("-", "nothing", "its model", "-"),
-    "fedavg": ("McMahan et al. 2017", "weights", "-", "weights"),
-    "fedavg-ft": ("AP-FL, Sec. 4.1", "weights", "its model, at the end", "weights"),
-    "fedprox": ("Li et al. 2020", "weights", "-", "weights"),
-    "scaffold": ("Karimireddy et al. 2020", "weights, variate", "control variate",
-                 "weights, variate"),
-    "fednova": ("Wang et al. 2020", "weights, steps", "-", "weights"),
-    "moon": ("Li et al. 2021", "weights", "its last model", "weights"),
-    "fedgen": ("Zhu et al. 2021", "weights, class counts", "-", "weights, generator"),
-    "feddf": ("Lin et al. 2020", "weights", "-", "weights, proxy images"),
-    "heterofl": ("Diao et al. 2021", "sub-model", "-", "weights"),
-    "inclusivefl": ("Liu et al. 2022", "weights", "-", "weights"),
-    "fedrolex": ("Alam et al. 2022", "sub-model", "-", "weights"),
-    "scalefl": ("Ilhan et al. 2023", "sub-model with exits", "-", "weights"),
-    "inco": ("Chan et al. 2024", "weights", "-", "weights"),
-    "fedin": ("FedIN", "weights, features", "-", "weights, features"),
-    "apfl": ("AP-FL", "weights, class counts", "its models, at the end",
-             "weights, last uploads"),
+ABOUT = {  # for --methods: paper, what a client sends, what it keeps between rounds
+    "local": ("-", "nothing", "its model"),
+    "fedavg": ("McMahan et al. 2017", "weights", "-"),
+    "fedavg-ft": ("AP-FL, Sec. 4.1", "weights", "its model, at the end"),
+    "fedprox": ("Li et al. 2020", "weights", "-"),
+    "scaffold": ("Karimireddy et al. 2020", "weights, variate", "control variate"),
+    "fednova": ("Wang et al. 2020", "weights, a number", "-"),
+    "moon": ("Li et al. 2021", "weights", "its last model"),
+    "fedgen": ("Zhu et al. 2021", "weights, class counts", "-"),
+    "feddf": ("Lin et al. 2020", "weights", "-"),
+    "heterofl": ("Diao et al. 2021", "sub-model", "-"),
+    "inclusivefl": ("Liu et al. 2022", "weights", "-"),
+    "fedrolex": ("Alam et al. 2022", "sub-model", "-"),
+    "scalefl": ("Ilhan et al. 2023", "sub-model with exits", "-"),
+    "inco": ("Chan et al. 2024", "weights", "-"),
+    "fedin": ("FedIN", "weights, features", "-"),
+    "apfl": ("AP-FL", "weights, class counts", "its models, at the end"),
 }
 AGGREGATIONS = {"layerwise": models.layerwise_average,
                 "per-architecture": models.per_architecture_average}
@@ -374,18 +372,18 @@ def parser() -> argparse.ArgumentParser:
 
 def methods_table() -> str:
     """What --methods prints: a row for every method, of as many lines as its cells need."""
-    rows = [("method", "paper", "a client sends", "it keeps", "the server keeps", "--model",
-             "--aggregation", "flags of its own")]
+    rows = [("method", "paper", "a client sends", "it keeps", "--model", "--aggregation",
+             "flags of its own")]
     for method, about in ABOUT.items():
         defaults = METHOD_DEFAULTS[method]
-        networks = ("resnet18-widths, resnet152-widths" if method in WIDTH_METHODS else
-                    "cnn or one ResNet" if method == "apfl" else "all but widths")
+        networks = ("-widths" if method in WIDTH_METHODS else
+                    "cnn, one ResNet" if method == "apfl" else "all but -widths")
         averages = list(AGGREGATIONS) if "aggregation" in defaults else []
         averages += ["async"] if method in ASYNC_METHODS else []
         averages += ["its own"] if method in OWN_AVERAGES else []
         own = [f"--{name.replace('_', '-')}" for name in defaults if name != "aggregation"]
         rows.append((method, *about, networks, ", ".join(averages) or "-", " ".join(own) or "-"))
-    widths, lines = (11, 13, 14, 13, 14, 16, 17, 22), []
+    widths, lines = (11, 11, 12, 9, 8, 17, 21), []
     for row in rows:
         cells = [textwrap.wrap(cell, width, break_on_hyphens=False)
                  for cell, width in zip(row, widths)]
@@ -473,6 +471,9 @@ def check_combination(settings: dict) -> None:
     if settings.get("aggregation") == "async" and method not in ASYNC_METHODS:
         raise ValueError(f"--aggregation async works with {', '.join(ASYNC_METHODS)}, not with "
                          f"--method {method}")
+    proxy = settings.get("proxy", "holdout")
+    if proxy not in ("holdout", "noise") and not proxy.endswith(".npz"):
+        raise ValueError(f"unknown --proxy '{proxy}': give holdout, noise, or the path of an .npz")
     if (method in WIDTH_METHODS) != is_cut_by_width(settings):
         widths = " or ".join(name for name in models.MODELS if name.endswith("-widths"))
         if method in WIDTH_METHODS:
@@ -572,7 +573,7 @@ def choose_images(settings: dict, labels: torch.Tensor) -> tuple[torch.Tensor, t
             raise ValueError(f"--train-images {count} is more than the {len(labels)} training "
                              f"images of {settings['dataset']}")
         chosen = data.balanced_subset(labels, count, data.numpy_stream(seed, data.SUBSET))
-    if settings.get("proxy") != "holdout":
+    if settings.get("proxy") != "holdout" or settings["distillation_steps"] == 0:
         return chosen, chosen[:0]
     order = torch.from_numpy(data.numpy_stream(seed, data.PROXY).permutation(len(labels)))
     is_chosen = torch.isin(order, chosen)
@@ -598,11 +599,9 @@ def proxy_images(settings: dict, loaded: data.Dataset, held_out: torch.Tensor,
     elif name == "noise":
         shape = (min(PROXY_IMAGES, len(loaded.y_train)), channels, data.IMAGE_SIZE, data.IMAGE_SIZE)
         images = torch.from_numpy(rng.integers(256, size=shape, dtype=np.uint8))
-    elif name.endswith(".npz"):
+    else:
         images = data.load(name).x_train
         images = images[torch.from_numpy(rng.permutation(len(images))[:PROXY_IMAGES])]
-    else:
-        raise ValueError(f"unknown --proxy '{name}': give holdout, noise, or the path of an .npz")
     if images.shape[1] != channels or len(images) < 2:
         raise ValueError(f"--proxy {name} has {len(images)} images of {images.shape[1]} channels, "
                          f"and at least 2 of {channels} are needed: give another --proxy")
@@ -654,7 +653,7 @@ def prepare_experiment(settings: dict) -> Experiment:
                                    for name in ("x_train", "y_train", "x_test", "y_test")})
     mean, deviation = data.channel_statistics(loaded.x_train, taking_part)
     proxy = None
-    if "proxy" in settings:
+    if settings.get("distillation_steps"):
         images = proxy_images(settings, whole, held_out, unseen).to(device)
         proxy = data.ClientData(images, torch.zeros(len(images), device=device), torch.arange(
             len(images), device=device), partial(data.standardise, mean=mean.to(device),
@@ -664,7 +663,8 @@ def prepare_experiment(settings: dict) -> Experiment:
                for k, part in enumerate(parts)]
     spread = settings.get("speed_spread", SPEED_SPREAD)
     speeds = spread ** data.numpy_stream(seed, data.SPEEDS).uniform(size=num_clients)
-    method = bind(METHODS[settings["method"]], settings, proxy)
+    method = bind(METHODS[settings["method"]], settings, proxy=proxy, owners={
+        client.id: client.arch for client in clients if client.id not in dropouts})
     return Experiment(settings, method, on_device, clients, dropouts, sorted(seen), unseen,
                       [share.to(device) for share in shares],
                       (mean.to(device), deviation.to(device)), speeds.tolist(),
@@ -684,11 +684,10 @@ def read_semantics(settings: dict, classes: list[str]) -> torch.Tensor:
                                     word_vectors=settings.get("word_vectors"))
 
 
-def bind(method: Method, settings: dict, proxy: data.ClientData | None = None) -> Method:
-    """The method with every keyword argument of its functions that is also a setting filled in."""
-    values = settings | {"aggregation": AGGREGATIONS.get(settings.get("aggregation")),
-                         "balance": settings.get("lambda"), "num_clients": settings["clients"],
-                         "proxy": proxy}
+def bind(method: Method, settings: dict, **others: object) -> Method:
+    """The method with its functions' keyword arguments filled in from the settings and others."""
+    values = {**settings, "aggregation": AGGREGATIONS.get(settings.get("aggregation")),
+              "balance": settings.get("lambda"), **others}
 
     def fill(function):
         if function is None:
@@ -1007,13 +1006,13 @@ def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
 
     Of a network that is cut by width, full_accuracy besides: that of the whole one.
     """
-    in_use = {client.id: (client.arch, *experiment.method.deploy(server, client,
+    in_use = ((client.id, client.arch, *experiment.method.deploy(server, client,
                                                                  memory.get(client.id)))
-              for client in experiment.clients}
+              for client in experiment.clients)
     if not is_cut_by_width(experiment.settings):
         return accuracies(experiment, predicted_right(experiment, in_use))
     ((arch, whole),) = server["weights"].items()
-    right = predicted_right(experiment, in_use | {"full": (arch, arch, whole)})
+    right = predicted_right(experiment, chain(in_use, [("full", arch, arch, whole)]))
     full = 100 * float(right.pop("full").double().mean())
     return accuracies(experiment, right) | {"full_accuracy": full}
 
@@ -1030,9 +1029,9 @@ def evaluate_finally(experiment: Experiment, progress: Progress) -> dict:
     entry = {"download_mb": line["download_mb"] + stage_download(experiment, progress)}
     kinds = final_models(experiment, progress)
     for kind, by_client in tqdm(kinds.items(), "evaluation", unit=" kind", file=sys.stdout):
-        right = predicted_right(experiment, {
-            client.id: (client.arch, client.id, by_client[client.id])
-            for client in experiment.clients})
+        right = predicted_right(experiment, (
+            (client.id, client.arch, client.id, by_client[client.id])
+            for client in experiment.clients))
         entry |= accuracies(experiment, right)  # the last kind is the one in use
         if len(kinds) > 1:
             for prefix, ids in prefixes.items():
@@ -1042,23 +1041,26 @@ def evaluate_finally(experiment: Experiment, progress: Progress) -> dict:
             "global_personal_accuracy": line["personal_accuracy"]}
 
 
-def predicted_right(experiment: Experiment,
-                    in_use: dict[int, tuple[str, object, State]]) -> dict[int, torch.Tensor]:
+def predicted_right(experiment: Experiment, in_use: Iterable[tuple[object, str, object, State]],
+                    ) -> dict[object, torch.Tensor]:
     """By client, which test images (N,) its model gets right.
 
-    in_use: client -> architecture, key and weights of its model; equal keys are equal models, and
-        each distinct one predicts the test set once
+    in_use: client, architecture, key and weights of its model, one after the other, so that they
+        need not all be in memory; equal keys are equal models, and each distinct one predicts the
+        test set once
     """
     mean, deviation = experiment.statistics
     prepare = partial(data.standardise, mean=mean, deviation=deviation)
     images, taking_part = experiment.data.x_train, torch.cat(
         [experiment.clients[k].indices for k in experiment.available])
+    # Every batch has images of all clients: the variance between clients belongs to the statistics.
+    count = math.ceil(len(taking_part) / models.TEST_BATCH)
     by_key, right = {}, {}
-    for k, (arch, key, weights) in in_use.items():
+    for k, arch, key, weights in in_use:
         if key not in by_key:
             model = network(experiment, arch, weights)
-            models.collect_statistics(model, (prepare(images[rows]) for rows in
-                                              taking_part.split(models.TEST_BATCH)))
+            models.collect_statistics(model, (prepare(images[taking_part[batch::count]])
+                                              for batch in range(count)))
             predicted = models.predict(model, experiment.data.x_test, prepare)
             by_key[key] = predicted == experiment.data.y_test
         right[k] = by_key[key]
@@ -1349,8 +1351,8 @@ def draw_beta(path: Path, experiment: Experiment, progress: Progress, title: str
         groups["dropouts"] = experiment.dropouts
     curves = {}
     for beta in tqdm(betas, "beta curve", unit=" beta", file=sys.stdout):
-        right = predicted_right(few, {k: (few.clients[k].arch, k, apfl.personalise(
-            own, kinds["friend"][k], beta=beta)) for k, own in kinds["client"].items()})
+        right = predicted_right(few, ((k, few.clients[k].arch, k, apfl.personalise(
+            own, kinds["friend"][k], beta=beta)) for k, own in kinds["client"].items()))
         for group, ids in groups.items():
             for name, value in share_accuracies(few, {k: right[k] for k in ids}).items():
                 curves.setdefault((group, name), []).append(value)
@@ -1407,14 +1409,16 @@ def describe(experiment: Experiment, server: dict, out: Path) -> None:
     if held < len(dataset.classes):
         print(f"{len(dataset.classes) - held} of {len(dataset.classes)} classes are with no client "
               "(more --clients hold more), and their images are left out")
-    if "proxy" in settings:
+    if settings.get("distillation_steps"):
         proxy = experiment.method.distil.keywords["proxy"]
-        print(f"the server holds {len(proxy.images):,} unlabelled images ({settings['proxy']})")
+        print(f"the server holds {len(proxy.images):,} unlabelled images ({settings['proxy']}), "
+              "which no client has")
     for arch in experiment.architectures:
         state = models.shapes(arch, channels, len(dataset.classes))
         size = sum(tensor.numel() for name, tensor in state.items() if models.is_parameter(name))
         print(f"{arch}: {size:,} parameters, {models.num_bytes(state) / 1e6:.2f} MB with buffers")
-    print(f"traffic: about {expected_traffic(experiment, server):.0f} MB each way a round")
+    print(f"traffic: about {expected_traffic(experiment, server):.0f} MB each way a round"
+          + (", and the generator down" if settings["method"] == "fedgen" else ""))
     own = [f"{name} {settings[name]}" for name in (*METHOD_DEFAULTS[settings["method"]], *ASYNC)
            if name in settings]
     print(f"options of {settings['method']}: {', '.join(own) or 'none'}")

@@ -241,7 +241,7 @@ def test_the_first_round_of_scaffold_is_fedavgs_with_twice_the_traffic():
     again = baselines.scaffold_client_update(*adam(), down, tiny_data(), stream, ours.kept,
                                              **EPOCHS)
     assert not same(again.update.weights, plain.update.weights)
-    after = baselines.scaffold_server_update(server, {0: ours.update}, num_clients=1)["weights"]
+    after = baselines.scaffold_server_update(server, {0: ours.update}, owners={0: "tiny"})["weights"]
     assert all_same(after, baselines.fedavg_server_update(server, {0: plain.update})["weights"])
 
 
@@ -503,7 +503,7 @@ def test_arguments_of_stateful_and_of_server_updates_are_unchanged():
         name: tensor for name, tensor in update.weights.items() if models.is_parameter(name)})
         for k, update in uploads_of(server["weights"], ARCHS).items()}
     sent = copy.deepcopy(updates)
-    baselines.scaffold_server_update(server, updates, num_clients=6)
+    baselines.scaffold_server_update(server, updates, owners=dict(enumerate(ARCHS * 2)))
     for update in (baselines.inco_server_update, baselines.inclusivefl_server_update):
         update(baselines.fedavg_init(server["weights"]), {k: baselines.Update(*update_[:2])
                                                           for k, update_ in updates.items()})
@@ -567,10 +567,11 @@ def test_scaffold_keeps_what_layers_share_shared(aggregation):
     updates = {k: baselines.ScaffoldUpdate(*update, {
         name: tensor for name, tensor in update.weights.items() if models.is_parameter(name)})
         for k, update in uploads_of(server["weights"], ARCHS).items()}
-    new = baselines.scaffold_server_update(server, updates, num_clients=3, aggregation=aggregation)
+    owners = dict(enumerate(ARCHS))
+    new = baselines.scaffold_server_update(server, updates, owners=owners, aggregation=aggregation)
     fc = [new["variates"][arch]["classifier.fc.weight"] for arch in ARCHS]
     assert (fc[0] is fc[1] is fc[2]) == (aggregation is models.layerwise_average)
-    half = baselines.scaffold_server_update(server, updates, num_clients=3, aggregation=aggregation,
+    half = baselines.scaffold_server_update(server, updates, owners=owners, aggregation=aggregation,
                                             server_lr=0.5)
     middle = models.interpolate(server["weights"]["resnet10"], new["weights"]["resnet10"], 0.5)
     for name, tensor in middle.items():
@@ -581,12 +582,10 @@ def test_equations_run_when_copied_into_a_file_of_their_own():
     # The lines that the README names; the first leaves annotations unread.
     head = ("from __future__ import annotations\nimport torch\n"
             "import torch.nn.functional as F\n")
-    a, b, y = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(0)).unbind(dim=2) + (
-        torch.tensor([0, 2, 1]),)
+    a, b = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
     for function, arguments in ((baselines.accumulated_norm, (5, 0.9)),
                                 (baselines.contrastive_loss, (a, b, a + b, 0.5)),
                                 (baselines.mask_absent, (a, torch.tensor([1, 3]))),
-                                (baselines.exits_loss, ([a, b], y, 0.1, 3.0)),
                                 (baselines.distillation_loss, (a, b, 2.0))):
         namespace = {}
         exec(head + inspect.getsource(function), namespace)

@@ -212,8 +212,9 @@ def test_scaffold_is_algorithm_1_written_out(archs, server_lr):
             c_own[k] = after
             agree(result.update.weights, y)
             agree(kept[k], after)
-        server = baselines.scaffold_server_update(server, updates, num_clients=4,
-                                                  server_lr=server_lr)
+        server = baselines.scaffold_server_update(
+            server, updates, owners={k: client.arch for k, client in enumerate(clients)},
+            server_lr=server_lr)
         for name in x:
             holders = [k for k in drawn if name in owned[k]]
             if holders:
@@ -240,7 +241,7 @@ def test_scaffold_of_a_single_client_is_gradient_descent():
         result = baselines.scaffold_client_update(*scratch("deep"), received, own_data(2), stream,
                                                   kept, **TRAINING)
         kept = result.kept
-        server = baselines.scaffold_server_update(server, {0: result.update}, num_clients=1)
+        server = baselines.scaffold_server_update(server, {2: result.update}, owners={2: "deep"})
         for batch in batches_of(2, round):
             g = gradient(y, *batch)
             y = {name: y[name] - LR * g[name] for name in y}

@@ -365,6 +365,32 @@ def test_full_accuracy_is_the_whole_networks_and_accuracy_the_mean_over_rates(ba
     assert last["full_accuracy"] == pytest.approx(accuracies[-1])
 
 
+def test_static_statistics_do_not_depend_on_how_clients_are_numbered(monkeypatch):
+    settings = run.resolve({"method": "heterofl", "train_images": 300, "clients": 3,
+                            "partition": "pathological"})
+    experiment = run.prepare_experiment(settings)
+    monkeypatch.setattr(models, "TEST_BATCH", 60)  # batches of one client each, taken in order
+    weights = models.initial_weights(["resnet18-1/16"], 1, 10, torch.Generator(),
+                                     torch.device("cpu"))["resnet18-1/16"]
+    collected = []
+    monkeypatch.setattr(models, "predict", lambda model, *_: collected.append(model) or 0)
+    run.predicted_right(experiment, [(0, "resnet18-1/16", "key", weights)])
+    whole = models.build("resnet18-1/16", 1, 10)
+    whole.load_state_dict(weights)
+    rows = torch.cat([client.indices for client in experiment.clients])
+    models.collect_statistics(whole, [data.standardise(experiment.data.x_train[rows],
+                                                       *experiment.statistics)])
+    first = [net.intermediate[0][0].norm[1].running_var for net in (*collected, whole)]
+    torch.testing.assert_close(first[0], first[1], rtol=0.05, atol=0)
+
+
+def test_scaffolds_server_counts_the_clients_that_take_part():
+    settings = run.resolve({"method": "scaffold", "missing_classes": 0.2})
+    bound = run.prepare_experiment(settings).method.server_update.keywords
+    assert list(bound["owners"]) == list(range(9))  # of ten clients the last has dropped out
+    assert bound["owners"][0] == "resnet10" and bound["owners"][8] == "resnet26"
+
+
 def test_moon_with_mu_zero_is_fedavg_from_the_command_line_too(tmp_path):
     flags = [*CNN, "--rounds", "2"]
     plain = go(tmp_path / "a", *flags, "--method", "fedavg")
@@ -375,7 +401,7 @@ def test_moon_with_mu_zero_is_fedavg_from_the_command_line_too(tmp_path):
 def test_feddf_without_steps_is_fedavg_and_each_proxy_leads_elsewhere(tmp_path):
     np.savez(tmp_path / "other.npz", x_train=np.eye(8, dtype=np.uint8)[None].repeat(9, 0) * 255,
              y_train=np.arange(9) % 2, x_test=np.zeros((2, 8, 8), np.uint8), y_test=np.arange(2))
-    flags = [*CNN, "--rounds", "1"]  # 120 of 1,437 images: enough are left over for the server
+    flags = [*CNN, "--rounds", "1", "--train-images", "1430"]  # few are left over for the server
     plain = go(tmp_path / "plain", *flags, "--method", "fedavg")
     flags += ["--method", "feddf", "--distillation-steps"]
     assert go(tmp_path / "none", *flags, "0") == plain
@@ -432,9 +458,9 @@ def test_methods_prints_every_method_and_its_flags(capsys):
     rows = {row.split()[0]: row for row in re.split(r"\n\n+", out) if row.strip()}
     assert rows.keys() == {"method", *run.METHODS}
     assert "--self-distillation" in rows["scalefl"] and "per-architecture" in rows["moon"]
-    assert "resnet152-widths" in rows["fedrolex"] and "control" in rows["scaffold"]
+    assert " -widths " in rows["fedrolex"] and "control" in rows["scaffold"]
     assert "async" in rows["fedprox"] and "async" not in rows["fedin"]
-    assert max(map(len, out.splitlines())) <= 140
+    assert max(map(len, out.splitlines())) <= 101
 
 
 # ------------------------------------------------------- AP-FL: stages after the last round
