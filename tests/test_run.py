@@ -369,7 +369,9 @@ def test_static_statistics_do_not_depend_on_how_clients_are_numbered(monkeypatch
     settings = run.resolve({"method": "heterofl", "train_images": 300, "clients": 3,
                             "partition": "pathological"})
     experiment = run.prepare_experiment(settings)
-    monkeypatch.setattr(models, "TEST_BATCH", 60)  # batches of one client each, taken in order
+    for client in experiment.clients:  # so that clients differ by more than their images do
+        experiment.data.x_train[client.indices] //= 1 + 2 * client.id
+    monkeypatch.setattr(models, "TEST_BATCH", 60)  # in order, a batch would be of one client
     weights = models.initial_weights(["resnet18-1/16"], 1, 10, torch.Generator(),
                                      torch.device("cpu"))["resnet18-1/16"]
     collected = []
