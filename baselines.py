@@ -87,7 +87,7 @@ FEDGEN_STEPS = 50  # of the generator, a round
 FEDGEN_BATCH = 32  # latents a step, on the server as on a client
 DISTILLATION_STEPS = 500  # FedDF's released code has up to 10,000
 DISTILLATION_BATCH = 64  # proxy images a step
-DISTILLATION_LR = 1e-3  # of Adam, falling to 0 along a cosine
+DISTILLATION_LR = 1e-3  # of Adam, in the first step
 DISTILLATION_CLIP = 5.0  # of the gradient's norm
 
 Stream = Callable[[int], torch.Generator]
@@ -342,10 +342,10 @@ def scaffold_client_update(model: nn.Module, optimizer: Optimizer, received: Sca
                 parameter.sub_(correction[name], alpha=lr)
         loss_sum, samples, steps = loss_sum + loss.detach() * len(y), samples + len(y), steps + 1
     weights = copy_state(model)
-    change = {name: (received.weights[name] - weights[name]) / (max(steps, 1) * lr) - c
-              for name, c in received.variate.items()}  # c_k+ = c_k - c + (x - y) / (tau lr)
-    if steps == 0:
-        change = {name: torch.zeros_like(c) for name, c in kept.items()}
+    change = {}  # c_k+ - c_k, with c_k+ = c_k - c + (x - y) / (tau lr)
+    for name, c in received.variate.items():
+        moved = received.weights[name] - weights[name]
+        change[name] = moved / (steps * lr) - c if steps else torch.zeros_like(c)
     return Result(ScaffoldUpdate(weights, len(data.indices), change), float(loss_sum), samples,
                   kept={name: kept[name] + change[name] for name in kept})
 
@@ -462,8 +462,7 @@ def contrastive_loss(z: Tensor, z_global: Tensor, z_previous: Tensor, temperatur
 
 
 def moon_initial_memory(server: dict, client: Client) -> State:
-    """Before its first round the global model is a client's last: l_con is log 2, without gradient.
-    """
+    """Before its first round a client has the global model: l_con is log 2, without gradient."""
     return server["weights"][client.arch]
 
 
@@ -516,7 +515,8 @@ def cross_layer_update(update: Tensor, reference: Tensor, *, step_limit: float =
 
 
 def cross_layer_average(old: State, uploads: Mapping[int, State], counts: Mapping[int, int], *,
-                        uniform: bool = False) -> State:
+                        uniform: bool = False, step_limit: float = INCO_STEP_LIMIT,
+                        limit: float = INCO_UPDATE_LIMIT) -> State:
     """FedAvg's average, whose change of deeper convolutions is combined with that of a first one.
 
     In every stage of a ResNet the second convolution of block 0 is the reference of both
@@ -528,17 +528,20 @@ def cross_layer_average(old: State, uploads: Mapping[int, State], counts: Mappin
         stage, block, rest = block_of(name) or ("", 0, "")
         if block > 0 and rest in ("conv1.weight", "conv2.weight"):
             first = f"{stage}.0.conv2.weight"
-            new[name] = old[name] + cross_layer_update(mean[name] - old[name],
-                                                       mean[first] - old[first])
+            new[name] = old[name] + cross_layer_update(
+                mean[name] - old[name], mean[first] - old[first], step_limit=step_limit,
+                limit=limit)
     return new
 
 
 def inco_server_update(server: dict, updates: Mapping[int, Update], *,
                        aggregation: Callable = layerwise_average, uniform: bool = False,
-                       cross_layer: bool = True) -> dict:
+                       cross_layer: bool = True, step_limit: float = INCO_STEP_LIMIT,
+                       limit: float = INCO_UPDATE_LIMIT) -> dict:
     """FedAvg's update with cross-layer gradients; cross_layer=False leaves FedAvg."""
+    rule = partial(cross_layer_average, step_limit=step_limit, limit=limit)
     return fedavg_server_update(server, updates, aggregation=aggregation, uniform=uniform,
-                                rule=cross_layer_average if cross_layer else average)
+                                rule=rule if cross_layer else average)
 
 
 # -------------------------------------------------------------------------------------- InclusiveFL
@@ -745,12 +748,13 @@ def scalefl_init(weights: dict[str, State]) -> dict:
     return {**heterofl_init(weights), "round": 0}
 
 
-def scalefl_download(server: dict, client: Client, stream: Stream, *, rounds: int) -> Scaled:
+def scalefl_download(server: dict, client: Client, stream: Stream, *, rounds: int,
+                     warm_up: float = SCALEFL_WARM_UP) -> Scaled:
     """The sub-model of the client's level: narrower, and ending at an earlier exit.
 
-    Self-distillation begins after a quarter of all rounds; when --rounds grow, later.
+    Self-distillation begins after a share warm_up of all rounds; when --rounds grow, later.
     """
-    return Scaled(submodel(server, client.arch), server["round"] >= SCALEFL_WARM_UP * rounds)
+    return Scaled(submodel(server, client.arch), server["round"] >= warm_up * rounds)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -834,18 +838,19 @@ def fedgen_download(server: dict, client: Client, stream: Stream) -> Generated:
 def fedgen_client_update(model: nn.Module, optimizer: Optimizer, received: Generated,
                          data: ClientData, stream: Stream, *, local_epochs: int, batch_size: int,
                          synthetic_weight: float = FEDGEN_WEIGHT,
-                         matching_weight: float = FEDGEN_WEIGHT) -> Result:
+                         matching_weight: float = FEDGEN_WEIGHT, decay: float = FEDGEN_DECAY,
+                         generated: int = FEDGEN_BATCH) -> Result:
     """FedAvg's update with two terms by generated inputs of the last layer (Algorithm 1).
 
-    synthetic_weight: of the last layer's cross entropy on FEDGEN_BATCH latents of random classes;
-        it counts FEDGEN_BATCH / batch_size times as much, as in the released code
+    synthetic_weight: of the last layer's cross entropy on so many generated latents of random
+        classes; it counts generated / batch_size times as much, as in the released code
     matching_weight: of KL(q || p), where p is the prediction for an image, and q, detached, that
         for a latent of the image's class
-    Both weights fall by FEDGEN_DECAY a round, to no less than 1e-4.  In round 1 there is no
-    generator and this is FedAvg.
+    decay: factor of both weights every round, down to 1e-4
+    In round 1 there is no generator and this is FedAvg.
     """
     reset(model, optimizer, received.weights)
-    alpha, beta = (weight and max(1e-4, weight * FEDGEN_DECAY**received.round)
+    alpha, beta = (weight and max(1e-4, weight * decay**received.round)
                    for weight in (synthetic_weight, matching_weight))
     generator, rng = None, stream(LATENT)
     if received.generator is not None and (alpha or beta):
@@ -856,12 +861,12 @@ def fedgen_client_update(model: nn.Module, optimizer: Optimizer, received: Gener
         loss = F.cross_entropy(logits, y)
         objective = loss
         if generator is not None:
-            drawn = torch.randint(len(received.classes), (FEDGEN_BATCH,), generator=rng)
+            drawn = torch.randint(len(received.classes), (generated,), generator=rng)
             random_y = received.classes[drawn.to(y.device)]
             latents = sample_latents(generator, torch.cat([random_y, y]), rng)
-            synthetic, like_y = model.classifier.fc(latents).split([FEDGEN_BATCH, len(y)])
+            synthetic, like_y = model.classifier.fc(latents).split([generated, len(y)])
             matching = distillation_loss(logits, like_y.detach())
-            objective = (loss + FEDGEN_BATCH / batch_size * alpha
+            objective = (loss + generated / batch_size * alpha
                          * F.cross_entropy(synthetic, random_y) + beta * matching)
         optimizer.zero_grad()
         objective.backward()
@@ -872,11 +877,13 @@ def fedgen_client_update(model: nn.Module, optimizer: Optimizer, received: Gener
 
 
 def fedgen_distil(server: dict, updates: Mapping[int, LabelledUpdate], build: Callable,
-                  stream: Stream, *, steps: int = FEDGEN_STEPS,
-                  diversity_weight: float = 1.0) -> dict:
+                  stream: Stream, *, steps: int = FEDGEN_STEPS, generated: int = FEDGEN_BATCH,
+                  decay: float = FEDGEN_DECAY, diversity_weight: float = 1.0) -> dict:
     """Train the generator so that the clients' last layers recognise its latents (Algorithm 1).
 
     Every client counts for a class by its share n_k^y / sum n^y of the images in this round.
+    steps, generated: how many, and latents in each;  decay: of the learning rate, every round
+    diversity_weight: see generator.train_latent_generator
     """
     uploads = [updates[k] for k in sorted(updates)]
     heads = [partial(F.linear, weight=upload.weights["classifier.fc.weight"],
@@ -890,7 +897,7 @@ def fedgen_distil(server: dict, updates: Mapping[int, LabelledUpdate], build: Ca
         generator = load_latent_generator(server["generator"])
     optimizer = train_latent_generator(
         generator, server["optimizer"], heads, class_weights(counts), stream(GENERATOR_NOISE),
-        steps=steps, batch=FEDGEN_BATCH, lr_factor=FEDGEN_DECAY**server["round"],
+        steps=steps, batch=generated, lr_factor=decay**server["round"],
         diversity_weight=diversity_weight)
     return {**server, "generator": copy_state(generator), "optimizer": optimizer,
             "classes": counts.sum(dim=0).nonzero().flatten(), "round": server["round"] + 1}
@@ -918,11 +925,14 @@ def feddf_server_update(server: dict, updates: Mapping[int, Update], *,
 
 def feddf_distil(server: dict, updates: Mapping[int, Update], build: Callable, stream: Stream, *,
                  proxy: ClientData | None, distillation_steps: int = DISTILLATION_STEPS,
-                 temperature: float = 1.0) -> dict:
+                 temperature: float = 1.0, batch: int = DISTILLATION_BATCH,
+                 step_size: float = DISTILLATION_LR,
+                 clip: float | None = DISTILLATION_CLIP) -> dict:
     """Distil the clients' mean logits on proxy images into the averaged models (Algorithms 1, 3).
 
     build: (architecture, weights) -> a network
     proxy: unlabelled images; its labels are not read
+    batch: proxy images a step;  step_size: Adam's learning rate, which falls along a cosine to 0
     Every architecture has a student, which begins with the average of its own clients, and they all
     have all clients for teachers, and the same batches.  (The released code stops early, by a
     validation set.)
@@ -934,14 +944,14 @@ def feddf_distil(server: dict, updates: Mapping[int, Update], build: Callable, s
     new = {}
     for arch, weights in server["weights"].items():
         student = build(arch, weights).train()
-        optimizer = torch.optim.Adam(student.parameters(), lr=DISTILLATION_LR, fused=True)
+        optimizer = torch.optim.Adam(student.parameters(), lr=step_size, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, distillation_steps)
-        enough = batches(labelled, DISTILLATION_BATCH, distillation_steps, stream(PROXY_BATCHES))
+        enough = batches(labelled, batch, distillation_steps, stream(PROXY_BATCHES))
         for x, teacher in islice(enough, distillation_steps):
             loss = distillation_loss(student(x), teacher, temperature)
             optimizer.zero_grad()
             loss.backward()
-            clip_gradient(student, DISTILLATION_CLIP)
+            clip_gradient(student, clip)
             optimizer.step()
             schedule.step()
         new[arch] = copy_state(student)

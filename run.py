@@ -11,6 +11,7 @@ and at the end main().
 """
 
 import argparse
+import ctypes
 import inspect
 import json
 import math
@@ -1558,6 +1559,8 @@ def train_rounds(experiment: Experiment, pool: ThreadPoolExecutor, progress: Pro
             if t % settings["checkpoint_every"] == 0 or t == settings["rounds"]:
                 save_checkpoint(out, progress)
                 saved = t
+            if memory:
+                release_freed_memory()
             bar.update()
             if t == start + 1 < settings["rounds"]:
                 left = (time.perf_counter() - round_start) * (settings["rounds"] - t)
@@ -1570,6 +1573,18 @@ def train_rounds(experiment: Experiment, pool: ThreadPoolExecutor, progress: Pro
     finally:
         bar.close()
     return progress
+
+
+def release_freed_memory() -> None:
+    """Have the C library give back to the system what has been freed.
+
+    What clients keep lies among what a round frees: with SCAFFOLD's variates of 65 clients and the
+    five ResNets 2.4 of 8.5 GB were of no use.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, TypeError, AttributeError):  # a C library other than glibc's
+        pass
 
 
 def duration(seconds: float) -> str:

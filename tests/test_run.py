@@ -446,7 +446,9 @@ def test_a_proxy_of_other_channels_is_refused(tmp_path, capsys):
 
 
 def test_a_server_that_diverges_stops_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(baselines, "DISTILLATION_LR", 1e38)
+    method = run.METHODS["feddf"]
+    monkeypatch.setitem(run.METHODS, "feddf", method._replace(distil=partial(
+        baselines.feddf_distil, step_size=1e38)))
     error = refused(capsys, *CNN, "--method", "feddf", "--distillation-steps", "3", "--out",
                     str(tmp_path), status=1)
     assert "round 1, the server's training: a weight is not finite" in error
