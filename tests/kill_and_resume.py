@@ -2,7 +2,8 @@
 
     python -m tests.kill_and_resume [METHOD [SEED]]     some minutes; not collected by pytest
 
-METHOD is fedin (default), or apfl: the kills then fall into the stages after the last round too.
+METHOD is fedin (default), apfl (the kills then fall into the stages after the last round too), or
+scaffold, whose clients keep something.
 
 Exits with status 1 if metrics.jsonl or result.json differ in anything but timings.
 """
@@ -20,6 +21,8 @@ KILLS = 10
 FLAGS = {
     "fedin": ("--train-images 300 --clients 6 --rounds 12 --local-epochs 1 --partition iid "
               "--noise 0.1 --model resnet14").split(),
+    "scaffold": ("--method scaffold --train-images 300 --clients 6 --rounds 12 --local-epochs 1 "
+                 "--partition iid --model resnet14").split(),
     "apfl": ("--method apfl --train-images 600 --clients 6 --rounds 5 --missing-classes 0.2 "
              "--generator-steps 40 --generator-batch 4 --synthetic-per-class 40").split(),
 }
