@@ -806,7 +806,7 @@ def scalefl_client_update(model: nn.Module, optimizer: Optimizer, received: Scal
 
 def scalefl_server_update(server: dict, updates: Mapping[int, WidthUpdate], *,
                           uniform: bool = False) -> dict:
-    """HeteroFL's average, which goes over those clients alone whose level has a block or an exit."""
+    """HeteroFL's average; that of a block or exit goes over clients alone whose level has it."""
     server = heterofl_server_update(server, updates, uniform=uniform)
     return {**server, "round": server["round"] + 1}
 

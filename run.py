@@ -138,7 +138,7 @@ ABOUT = {  # for --methods: paper, what a client sends, what it keeps between ro
     "fedavg": ("McMahan et al. 2017", "weights", "-"),
     "fedavg-ft": ("AP-FL, Sec. 4.1", "weights", "its model, at the end"),
     "fedprox": ("Li et al. 2020", "weights", "-"),
-    "scaffold": ("Karimireddy et al. 2020", "weights, variate", "control variate"),
+    "scaffold": ("Karimireddy et al. 2020", "weights, change of its variate", "control variate"),
     "fednova": ("Wang et al. 2020", "weights, a number", "-"),
     "moon": ("Li et al. 2021", "weights", "its last model"),
     "fedgen": ("Zhu et al. 2021", "weights, class counts", "-"),
@@ -250,12 +250,13 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--local-epochs", type=count, metavar="N",
                        help="epochs a client and round: 5 | 20")
     group.add_argument("--batch-size", type=size, metavar="N", help="images a batch: 16 | 50")
-    group.add_argument("--optimizer", choices=("adam", "sgd"), help="adam | adam; new every round")
+    group.add_argument("--optimizer", choices=("adam", "sgd"),
+                       help="adam | adam; new every round; sgd has no momentum")
     group.add_argument("--lr", type=positive, metavar="X", help="learning rate: 0.001 | 0.0002")
     group.add_argument("--model", choices=models.MODELS,
-                       help="resnets = ResNet10/14/18/22/26, evenly by client id; widths = "
-                       "sub-models of 1, 1/2, 1/4, 1/8 and 1/16 of the width: resnets, for "
-                       "heterofl, fedrolex and scalefl resnet152-widths | cnn")
+                       help="resnets: ResNet10/14/18/22/26, evenly by client id. NET-widths: "
+                       "sub-models of 1/16 to 1 of its width, for heterofl, fedrolex and scalefl "
+                       "alone. Papers: resnets (those three: resnet152-widths) | cnn")
     group.add_argument("--aggregation", choices=(*AGGREGATIONS, "async"),
                        help="average layers of the same name across architectures (FedIN "
                        "Sec. 4.4), or within each architecture alone (Table 3), or mix each update "
@@ -306,22 +307,23 @@ def parser() -> argparse.ArgumentParser:
 
     group = top.add_argument_group("fedprox, fedin, moon")
     group.add_argument("--mu", type=weight, metavar="X",
-                       help="weight of the proximal term, FedIN Eq. 3 and Sec. 5.1: mu/2 = 0.05; "
-                       f"default {fedin.MU}, for fedprox in the apfl setting "
-                       f"{baselines.FEDPROX_MU_APFL}; for moon of the contrastive loss, default "
-                       f"{baselines.MOON_MU:g}")
+                       help="fedprox, fedin: weight of the proximal term, FedIN Eq. 3 and Sec. "
+                       f"5.1: mu/2 = 0.05; default {fedin.MU}, for fedprox in the apfl setting "
+                       f"{baselines.FEDPROX_MU_APFL}. moon: weight of the contrastive loss; "
+                       f"default {baselines.MOON_MU:g}")
     group = top.add_argument_group("feddf")
     group.add_argument("--proxy", metavar="NAME|FILE.npz",
                        help="unlabelled images of the server: holdout (training images that no "
-                       "client has), noise, or the training images of an .npz; default holdout")
+                       "client has), noise, or the training images of an .npz; at most "
+                       f"{PROXY_IMAGES}; default holdout")
     group.add_argument("--distillation-steps", type=number(int, 0), metavar="N",
-                       help="steps a round on the server; default "
+                       help="steps a round on the server, 0: none; default "
                        f"{baselines.DISTILLATION_STEPS}, in the quick setting "
                        f"{QUICK_DISTILLATION_STEPS}")
     group = top.add_argument_group("scalefl")
     group.add_argument("--self-distillation", type=weight, metavar="X",
-                       help="gamma, weight of the last exit's teaching the others; default "
-                       f"{baselines.SELF_DISTILLATION:g}, as released")
+                       help="gamma: how much earlier exits learn from the last, after a quarter "
+                       f"of the rounds; default {baselines.SELF_DISTILLATION:g}, as released")
     group = top.add_argument_group("fedin")
     group.add_argument("--noise", type=weight, metavar="LEVEL",
                        help="noise on the features, as a multiple of their standard deviation; "
@@ -390,7 +392,8 @@ def methods_table() -> str:
                  for cell, width in zip(row, widths)]
         lines += ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths)).rstrip()
                   for line in zip_longest(*cells, fillvalue="")] + [""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "its own: by coordinate over sub-models; of feddf, within each "
+                      "architecture"])
 
 
 def resolve(typed: dict) -> dict:

@@ -255,7 +255,7 @@ def test_aggregation_per_architecture_is_layerwise_where_there_is_one_alone(tmp_
 BASELINES = {  # method -> flags of a run of some seconds
     "scaffold": RESNETS, "fednova": CNN, "moon": CNN, "fedgen": CNN, "inclusivefl": RESNETS,
     "inco": [*RESNETS, "--model", "resnet14"], "feddf": [*RESNETS, "--distillation-steps", "2"],
-    **dict.fromkeys(run.WIDTH_METHODS, [*RESNETS[:-2], "--batch-size", "24"]),
+    **dict.fromkeys(run.WIDTH_METHODS, [*RESNETS, "--batch-size", "24"]),
 }
 
 
@@ -278,6 +278,13 @@ def baseline_run(tmp_path_factory):
 def test_every_baseline_run(method, baseline_run):
     last = lines(baseline_run(method))[-1]
     assert 0 <= last["accuracy"] <= 100 and last["loss"] > 0 and last["round"] == 2
+    server = torch.load(baseline_run(method) / "checkpoint.pt", weights_only=True)["server"]
+    config = json.loads((baseline_run(method) / "config.json").read_text())
+    initial = models.initial_weights(tuple(server["weights"]), 1, 10, data.torch_stream(
+        config["seed"], data.INITIAL_WEIGHTS), torch.device("cpu"))
+    for arch, state in server["weights"].items():
+        moved = [not torch.equal(tensor, initial[arch][name]) for name, tensor in state.items()]
+        assert any(moved) and all(tensor.isfinite().all() for tensor in state.values())
     assert ("full_accuracy" in last) == (method in run.WIDTH_METHODS)
 
 
@@ -321,8 +328,17 @@ def test_a_client_is_sent_what_its_method_says(baseline_run):
                                               experiment.stream(2, k))
             return whole(client.arch, k)
 
-        assert lines(baseline_run(method))[-1]["download_mb"] == pytest.approx(
-            size(method, 2, drawn))
+        def with_own_rows(arch, k):
+            """Rows of classes that it lacks are not sent; the classes that it has are."""
+            client = experiment.method.assign(experiment.clients[k], experiment.architectures,
+                                              experiment.stream(2, k))
+            held = len(experiment.data.y_train[client.indices].unique())
+            row = models.shapes(client.arch, 1, 10)["classifier.0.fc.weight"].shape[1] + 1
+            return drawn(arch, k) - (10 - held) * 4 * row + held * 8
+
+        last = lines(baseline_run(method))[-1]
+        assert last["download_mb"] == pytest.approx(size(method, 2, drawn))
+        assert last["upload_mb"] == pytest.approx(size(method, 2, with_own_rows))
 
     last = lines(baseline_run("fedgen"))[-1]
     saved = torch.load(baseline_run("fedgen") / "checkpoint.pt", weights_only=True)["server"]
@@ -365,7 +381,7 @@ def test_full_accuracy_is_the_whole_networks_and_accuracy_the_mean_over_rates(ba
     assert last["full_accuracy"] == pytest.approx(accuracies[-1])
 
 
-def test_static_statistics_do_not_depend_on_how_clients_are_numbered(monkeypatch):
+def test_batches_for_static_statistics_mix_all_clients(monkeypatch):
     settings = run.resolve({"method": "heterofl", "train_images": 300, "clients": 3,
                             "partition": "pathological"})
     experiment = run.prepare_experiment(settings)
@@ -382,8 +398,15 @@ def test_static_statistics_do_not_depend_on_how_clients_are_numbered(monkeypatch
     rows = torch.cat([client.indices for client in experiment.clients])
     models.collect_statistics(whole, [data.standardise(experiment.data.x_train[rows],
                                                        *experiment.statistics)])
-    first = [net.intermediate[0][0].norm[1].running_var for net in (*collected, whole)]
-    torch.testing.assert_close(first[0], first[1], rtol=0.05, atol=0)
+    in_order = models.build("resnet18-1/16", 1, 10)
+    in_order.load_state_dict(weights)
+    models.collect_statistics(in_order, [data.standardise(
+        experiment.data.x_train[client.indices], *experiment.statistics)
+        for client in experiment.clients])
+    mixed, at_once, apart = [net.intermediate[0][0].norm[1].running_var
+                             for net in (*collected, whole, in_order)]
+    torch.testing.assert_close(mixed, at_once, rtol=0.05, atol=0)
+    assert ((apart - at_once).abs() > 0.1 * at_once).any()
 
 
 def test_scaffolds_server_counts_the_clients_that_take_part():
@@ -460,7 +483,7 @@ def test_methods_prints_every_method_and_its_flags(capsys):
     out = capsys.readouterr().out
     assert stop.value.code == 0 and run.ABOUT.keys() == run.METHODS.keys()
     rows = {row.split()[0]: row for row in re.split(r"\n\n+", out) if row.strip()}
-    assert rows.keys() == {"method", *run.METHODS}
+    assert rows.keys() == {"method", *run.METHODS, "its"}  # a header and a footer
     assert "--self-distillation" in rows["scalefl"] and "per-architecture" in rows["moon"]
     assert " -widths " in rows["fedrolex"] and "control" in rows["scaffold"]
     assert "async" in rows["fedprox"] and "async" not in rows["fedin"]
