@@ -253,7 +253,7 @@ def test_aggregation_per_architecture_is_layerwise_where_there_is_one_alone(tmp_
 # ------------------------------------------------------------------------------ every baseline
 
 BASELINES = {  # method -> flags of a run of some seconds
-    "scaffold": RESNETS, "fednova": CNN, "moon": CNN, "fedgen": CNN, "inclusivefl": RESNETS,
+    "scaffold": RESNET10, "fednova": CNN, "moon": CNN, "fedgen": CNN, "inclusivefl": RESNETS,
     "inco": [*RESNETS, "--model", "resnet14"], "feddf": [*RESNETS, "--distillation-steps", "2"],
     **dict.fromkeys(run.WIDTH_METHODS, [*RESNETS, "--batch-size", "24"]),
 }
@@ -596,12 +596,17 @@ def test_harmonic_accuracy_of_known_predictions():
     assert entry["harmonic_accuracy"] == pytest.approx(60)
 
 
+@pytest.fixture(scope="module")
+def plain_apfl(tmp_path_factory):
+    """The last line of a run of AP-FL without options."""
+    return go(tmp_path_factory.mktemp("plain") / "out", *APFL, "--rounds", "1")[-1]
+
+
 @pytest.mark.parametrize("flags", ["--beta 0.9", "--beta-on friend", "--lambda 0.9",
                                    "--semantics onehot", "--friend-labels all",
                                    "--generator-steps 5"])
-def test_an_option_of_apfl_makes_a_difference(flags, tmp_path):
-    flags = [*APFL, "--rounds", "1", *flags.split()]
-    assert go(tmp_path / "a", *flags)[-1] != go(tmp_path / "b", *APFL, "--rounds", "1")[-1]
+def test_an_option_of_apfl_makes_a_difference(flags, tmp_path, plain_apfl):
+    assert go(tmp_path, *APFL, "--rounds", "1", *flags.split())[-1] != plain_apfl
 
 
 def test_apfl_works_with_a_resnet_and_with_augmentation(tmp_path):
