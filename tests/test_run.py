@@ -234,11 +234,16 @@ def test_noise_zero_is_no_noise_and_ablate_opt_is_the_plain_sum(tmp_path):
     assert go(tmp_path / "sum", *CNN, "--rounds", "2", "--projection", "sum") == opt != plain
 
 
+@pytest.fixture(scope="module")
+def plain_fedin(tmp_path_factory):
+    """The lines of a run of FedIN without options."""
+    return go(tmp_path_factory.mktemp("plain") / "out", *CNN, "--rounds", "2")
+
+
 @pytest.mark.parametrize("flags", ["--projection exact", "--feature-batches 2", "--augment",
                                    "--feature-batch-size 8", "--optimizer sgd", "--mu 5"])
-def test_an_option_makes_a_difference(flags, tmp_path):
-    assert go(tmp_path / "a", *CNN, "--rounds", "2", *flags.split()) != go(
-        tmp_path / "b", *CNN, "--rounds", "2")
+def test_an_option_makes_a_difference(flags, tmp_path, plain_fedin):
+    assert go(tmp_path, *CNN, "--rounds", "2", *flags.split()) != plain_fedin
 
 
 def test_aggregation_per_architecture_is_layerwise_where_there_is_one_alone(tmp_path):
@@ -763,7 +768,7 @@ def resumed_is(whole, out: Path) -> bool:
     return go(out, "--resume") == entries and result(out) == final
 
 
-@pytest.mark.parametrize("lines_before", [0, 2])
+@pytest.mark.parametrize("lines_before", [2])
 def test_killed_and_resumed_a_run_ends_as_if_never_stopped(tmp_path, whole, lines_before):
     process = start(tmp_path / "out", *whole[0])
     metrics = tmp_path / "out" / "metrics.jsonl"
@@ -866,7 +871,7 @@ def whole_apfl(tmp_path_factory):
     return flags, go(out, *flags), result(out)
 
 
-@pytest.mark.parametrize("stage", ["late", "generator", "friends"])
+@pytest.mark.parametrize("stage", ["generator", "friends"])
 def test_killed_in_a_stage_and_resumed_a_run_ends_as_if_never_stopped(stage, tmp_path, whole_apfl):
     process = start(tmp_path / "out", *whole_apfl[0])
     path = tmp_path / "out" / {"late": "metrics.jsonl", "generator": "checkpoint.pt",
