@@ -1,58 +1,37 @@
 """FedAvg and the methods that the two papers compare with, one section each.
 
-A method is a few functions.  Each takes and returns plain values:
-
-    <m>_init(weights) -> server                      what the server keeps, before round 1
-    <m>_download(server, client, stream) -> received what a client receives
-    <m>_client_update(model, optimizer, received, data, stream[, kept], *, ...) -> Result
-    <m>_server_update(server, updates, *, ...) -> server
-    <m>_deploy(server, client, kept) -> (key, weights)  the model a client uses; equal keys, equal
-                                                     models
-    <m>_initial_memory(server, client) -> kept       only where something stays on the device: what
-                                                     it holds before its first round
-    <m>_assign(client, architectures, stream) -> client  only where a client has another
-                                                     architecture in every round
-    <m>_distil(server, updates, build, stream, *, ...) -> server  only where the server trains: what
-                                                     it does after its update of every round
-    <m>_trains_late(server, client) -> bool          only where clients train on the final global
-                                                     model: whether this one does
+In reading order: what passes around, what a method is, what a run is; the methods; what a flag is;
+and at the end METHODS, a row a method, and FLAGS, a row for each flag that not every method reads.
 
 Three values are kept apart: what crosses the network (received and Result.update; the bytes of
 their tensors are the traffic), what stays on a device between rounds (kept), and what the server
 keeps (server, a dict of dicts, tensors and numbers).  `model` and `optimizer` are scratch: any
 content is overwritten, and no other argument is changed.  stream(purpose) is the random stream of
 this round and client, or of this round and the server.  A method's section holds only what differs
-from FedAvg.  InCo's code is github.com/ChanYunHin/InCo-Aggregation.
+from FedAvg.  Numbers are of arxiv.org; InCo's code is github.com/ChanYunHin/InCo-Aggregation.
 
-FedAvg       McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized
-             Data, AISTATS 2017, arxiv.org/abs/1602.05629
-FedProx      Li et al., Federated Optimization in Heterogeneous Networks, MLSys 2020,
-             arxiv.org/abs/1812.06127
-SCAFFOLD     Karimireddy et al., SCAFFOLD: Stochastic Controlled Averaging for Federated Learning,
-             ICML 2020, arxiv.org/abs/1910.06378
-FedNova      Wang et al., Tackling the Objective Inconsistency Problem in Heterogeneous Federated
-             Optimization, NeurIPS 2020, arxiv.org/abs/2007.07481
-MOON         Li et al., Model-Contrastive Federated Learning, CVPR 2021, arxiv.org/abs/2103.16257
-InCo         Chan et al., Internal Cross-layer Gradients for Extending Homogeneity to Heterogeneity
-             in Federated Learning, ICLR 2024, arxiv.org/abs/2308.11464
-InclusiveFL  Liu et al., No One Left Behind: Inclusive Federated Learning over Heterogeneous
-             Devices, KDD 2022, arxiv.org/abs/2202.08036
-HeteroFL     Diao et al., HeteroFL: Computation and Communication Efficient Federated Learning for
-             Heterogeneous Clients, ICLR 2021, arxiv.org/abs/2010.01264
-FedRolex     Alam et al., FedRolex: Model-Heterogeneous Federated Learning with Rolling Sub-Model
-             Extraction, NeurIPS 2022, arxiv.org/abs/2212.01548
-ScaleFL      Ilhan et al., ScaleFL: Resource-Adaptive Federated Learning with Heterogeneous Clients,
-             CVPR 2023
-FedGen       Zhu et al., Data-Free Knowledge Distillation for Heterogeneous Federated Learning,
-             ICML 2021, arxiv.org/abs/2105.10056
-FedDF        Lin et al., Ensemble Distillation for Robust Model Fusion in Federated Learning,
-             NeurIPS 2020, arxiv.org/abs/2006.07242
+FedAvg       Communication-Efficient Learning of Deep Networks from Decentralized Data, 1602.05629
+FedProx      Federated Optimization in Heterogeneous Networks, MLSys 2020, 1812.06127
+SCAFFOLD     Stochastic Controlled Averaging for Federated Learning, ICML 2020, 1910.06378
+FedNova      Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization,
+             NeurIPS 2020, 2007.07481
+MOON         Model-Contrastive Federated Learning, CVPR 2021, 2103.16257
+InCo         Internal Cross-layer Gradients for Extending Homogeneity to Heterogeneity in Federated
+             Learning, ICLR 2024, 2308.11464
+InclusiveFL  No One Left Behind: Inclusive FL over Heterogeneous Devices, KDD 2022, 2202.08036
+HeteroFL     Computation and Communication Efficient FL for Heterogeneous Clients, ICLR 2021,
+             2010.01264
+FedRolex     Model-Heterogeneous FL with Rolling Sub-Model Extraction, NeurIPS 2022, 2212.01548
+ScaleFL      Resource-Adaptive Federated Learning with Heterogeneous Clients, CVPR 2023
+FedGen       Data-Free Knowledge Distillation for Heterogeneous FL, ICML 2021, 2105.10056
+FedDF        Ensemble Distillation for Robust Model Fusion in FL, NeurIPS 2020, 2006.07242
 """
 
 import copy
+import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -62,13 +41,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from data import (BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, LATENT, PROXY_BATCHES, RATE,
-                  ClientData, batches, samples_per_epoch)
+from data import (BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, LATENT, PROXIES, PROXY_BATCHES,
+                  PROXY_IMAGES, RATE, ClientData, Dataset, batches, samples_per_epoch, torch_stream)
 from generator import (class_weights, initial_latent_generator, load_latent_generator,
                        sample_latents, train_latent_generator)
-from models import (State, average, block_of, copy_state, extract, index_sets,
-                    interpolate, is_parameter, layerwise_average, per_architecture_average,
-                    predict_logits, representation, shapes)
+from models import (State, average, block_of, copy_state, extract, index_sets, interpolate,
+                    is_parameter, layerwise_average, load_network, num_bytes,
+                    per_architecture_average, predict_logits, representation, shapes, with_exits)
 
 FEDPROX_MU = 0.1  # mu; FedIN prints mu/2 = 0.05 for FedProx and for itself (Sec. 5.1)
 FEDPROX_MU_APFL = 0.01  # mu in AP-FL's setting, where the paper gives none
@@ -92,6 +71,8 @@ DISTILLATION_CLIP = 5.0  # of the gradient's norm
 
 Stream = Callable[[int], torch.Generator]
 
+
+# ------------------------------------------------------------------------------ what passes around
 
 class Client(NamedTuple):
     """A client is its id, its training images and its architecture."""
@@ -125,8 +106,107 @@ class Result(NamedTuple):
     kept: Any = None  # a stateful method's memory of this client
 
 
-# ------------------------------------------------------------------------------------------- FedAvg
+class Task(NamedTuple):
+    """A piece of work for a client."""
 
+    client: Client
+    number: int  # the round, or another number that its random streams go by
+    received: Any
+    kept: tuple = ()  # one value, where something stays on the device
+
+
+# --------------------------------------------------------------------------------- what a method is
+
+AGGREGATIONS = {"layerwise": layerwise_average, "per-architecture": per_architecture_average}
+
+
+class Method(NamedTuple):
+    """A method's functions, what is said of it, and the flags that it reads.
+
+    Keyword-only arguments of the functions are filled in from the flags of the same names.
+    """
+
+    paper: str
+    sends: str  # a client, to the server
+    keeps: str  # a client, between rounds
+    init: Callable  # (weights) -> server: what the server keeps, before round 1
+    download: Callable  # (server, client, stream) -> received
+    client_update: Callable  # (model, optimizer, received, data, stream[, kept], *, ...) -> Result
+    server_update: Callable  # (server, updates, *, ...) -> server
+    deploy: Callable  # (server, client, kept) -> (key, weights) in use; equal keys, equal models
+    defaults: Mapping[str, Any]  # flag -> default: flags not read by all, defaults that differ
+    networks: str  # a key of models.NETWORKS
+    averages: tuple[str, ...]  # values of --aggregation
+    # And where a method has such a thing:
+    initial_memory: Callable | None = None  # (server, client) -> kept, at first
+    assign: Callable | None = None  # (client, architectures, stream) -> client with that of a round
+    distil: Callable | None = None  # (server, updates, build, stream, *, ...) -> server
+    stages: Mapping[str, Callable] = {}  # after the last round, by name and in order:
+    #           (experiment, server, after, *, ...) -> outcome; after: those of the stages before
+    personalise: Callable | None = None  # (own, friend, *, ...) -> weights
+    further_traffic: Callable | None = None  # (net, image, *, ...) -> tensors as large as what is
+    #           sent and received besides the download, from round 2 on
+    architectures: Callable = tuple  # what becomes of the networks of --model
+    has_server: bool = True  # False: clients train alone, and cannot drop out of anything
+    instead: Mapping[str, str] = {}  # flag that is not read -> what the method does in its place
+
+
+def bind(method: Method, settings: Mapping[str, Any], **others: Any) -> Method:
+    """The method with its functions' keyword-only arguments filled in from settings and others."""
+    values = {**settings, "aggregation": AGGREGATIONS.get(settings.get("aggregation")),
+              "balance": settings.get("lambda"), **others}  # lambda is a word of Python
+    bound = {name: filled(function, values) for name, function in method._asdict().items()
+             if callable(function)}
+    return method._replace(**bound, stages={name: filled(stage, values)
+                                            for name, stage in method.stages.items()})
+
+
+def filled(function: Callable, values: Mapping[str, Any]) -> Callable:
+    """A function with those of its keyword-only arguments filled in that values has."""
+    names = [name for name, parameter in inspect.signature(function).parameters.items()
+             if parameter.kind is parameter.KEYWORD_ONLY]
+    return partial(function, **{name: values[name] for name in names if name in values})
+
+
+class Experiment(NamedTuple):
+    """What stays the same through all rounds of a run."""
+
+    settings: dict
+    method: Method  # with its functions' keyword arguments filled in
+    data: Dataset
+    clients: list[Client]
+    dropouts: list[int]  # ids of the clients that dropped out before the first round
+    seen: list[int]  # classes that clients hold that take part
+    unseen: list[int]  # classes that dropout clients alone hold
+    test_shares: list[Tensor]  # client -> indices of its test images
+    statistics: tuple[Tensor, Tensor]  # mean and deviation of the training images
+    speeds: list[float]  # images a client trains on in a unit of virtual time
+    free: dict[str, list]  # architecture, small to large -> networks and optimisers that wait
+    semantics: Tensor | None = None  # A(y), where a generator is yet to be trained
+    train: Callable | None = None  # (update, tasks, what="") -> client id -> Result, in parallel
+    watch: Callable | None = None  # (items, what, unit, ...) -> the same, with a progress bar
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """What a network has to fit: channels of the images, number of classes."""
+        return self.data.x_train.shape[1], len(self.data.classes)
+
+    @property
+    def available(self) -> list[int]:
+        """The clients that take part in rounds."""
+        gone = self.dropouts if self.method.has_server else ()
+        return [client.id for client in self.clients if client.id not in gone]
+
+    def stream(self, number: int, client: int) -> Stream:
+        """The random streams of one client in one round, by purpose."""
+        return partial(torch_stream, self.settings["seed"], round=number, client=client)
+
+    def network(self, arch: str, weights: State) -> nn.Module:
+        """A network of these weights for the data of the run, to predict with."""
+        return load_network(arch, *self.shape, weights)
+
+
+# ------------------------------------------------------------------------------------------- FedAvg
 
 def reset(model: nn.Module, optimizer: Optimizer, weights: State) -> None:
     """Load weights into the scratch model, in training mode, and make the optimiser as if new.
@@ -191,6 +271,18 @@ def with_class_counts(result: Result, data: ClientData) -> Result:
     return result._replace(update=LabelledUpdate(*result.update, counts))
 
 
+def figures(result: Result, received: object) -> Counter:
+    """What a client update adds to the sums of its round: loss, bytes up and down, images."""
+    return Counter(loss=result.loss, upload=num_bytes(result.update),
+                   download=num_bytes(received), samples=result.samples)
+
+
+def round_figures(total: Mapping[str, float]) -> dict[str, float]:
+    """What the log says of a round whose sums of figures these are."""
+    return {"loss": total["loss"] / max(1, total["samples"]), "upload_mb": total["upload"] / 1e6,
+            "download_mb": total["download"] / 1e6, "samples": total["samples"]}
+
+
 def senders(weights: Mapping[str, State], updates: Mapping[int, Any]) -> dict[int, str]:
     """Client -> its architecture, which is the one whose weights have the same names."""
     return {k: arch for k, update in updates.items() for arch, state in weights.items()
@@ -203,7 +295,6 @@ def fedavg_deploy(server: dict, client: Client, kept: Any) -> tuple[str, State]:
 
 
 # ------------------------------------------------------------------------------------------ FedProx
-
 
 def fedprox_client_update(model: nn.Module, optimizer: Optimizer, received: State,
                           data: ClientData, stream: Stream, *, local_epochs: int, batch_size: int,
@@ -237,17 +328,21 @@ def add_proximal_gradient(model: nn.Module, reference: State, mu: float) -> None
 
 # --------------------------------------------------------------------------------------- FedAvg-FT
 
+def train_late(experiment: Experiment, server: dict, after: Mapping, *, local_epochs: int,
+               batch_size: int, who: Sequence[Client] | None = None) -> dict[int, State]:
+    """Clients fine-tune the final global model, and keep what comes out: id -> weights.
 
-def fedavg_ft_trains_late(server: dict, client: Client) -> bool:
-    """Every client fine-tunes the final global model once (AP-FL, Sec. 4.1, for dropout clients).
-
-    It does so by FedAvg's update, for as many epochs as in a round, and keeps what comes out.
+    By FedAvg's update, for as many epochs as in a round; nothing is sent (AP-FL, Sec. 4.1).
+    who: these clients; None: all of them
     """
-    return True
+    update = partial(fedavg_client_update, local_epochs=local_epochs, batch_size=batch_size)
+    who = experiment.clients if who is None else who
+    tasks = [Task(client, 0, server["weights"][client.arch]) for client in who]
+    results = experiment.train(update, tasks, "late training")
+    return {k: result.update.weights for k, result in results.items()}
 
 
 # -------------------------------------------------------------------------------------------- Local
-
 
 def local_initial_memory(server: dict, client: Client) -> State:
     """Before its first round a client holds the initial weights."""
@@ -282,7 +377,6 @@ def local_deploy(server: dict, client: Client, kept: State | None) -> tuple[str 
 
 
 # ----------------------------------------------------------------------------------------- SCAFFOLD
-
 
 class Scaffolded(NamedTuple):
     """What the server sends to a client."""
@@ -382,7 +476,6 @@ def scaffold_server_update(server: dict, updates: Mapping[int, ScaffoldUpdate], 
 
 # ------------------------------------------------------------------------------------------ FedNova
 
-
 class NovaUpdate(NamedTuple):
     """What a client sends to the server."""
 
@@ -443,7 +536,6 @@ def fednova_server_update(server: dict, updates: Mapping[int, NovaUpdate], *,
 
 # --------------------------------------------------------------------------------------------- MOON
 
-
 def frozen_copy(model: nn.Module, weights: State) -> nn.Module:
     """A network like model, in evaluation mode, with other weights that do not learn."""
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
@@ -493,7 +585,6 @@ def moon_client_update(model: nn.Module, optimizer: Optimizer, received: State, 
 
 
 # --------------------------------------------------------------------------------------------- InCo
-
 
 def cross_layer_update(update: Tensor, reference: Tensor, *, step_limit: float = INCO_STEP_LIMIT,
                        limit: float = INCO_UPDATE_LIMIT) -> Tensor:
@@ -545,7 +636,6 @@ def inco_server_update(server: dict, updates: Mapping[int, Update], *,
 
 
 # -------------------------------------------------------------------------------------- InclusiveFL
-
 
 def stage_depths(state: State) -> dict[str, int]:
     """Stage of a ResNet -> number of its blocks; nothing for other networks."""
@@ -626,7 +716,6 @@ def inclusivefl_server_update(server: dict, updates: Mapping[int, Update], *,
 
 
 # ----------------------------------------------------------------------------------------- HeteroFL
-
 
 class WidthUpdate(NamedTuple):
     """What a client sends to the server."""
@@ -721,7 +810,6 @@ def heterofl_deploy(server: dict, client: Client, kept: None) -> tuple[str, Stat
 
 # ----------------------------------------------------------------------------------------- FedRolex
 
-
 def fedrolex_server_update(server: dict, updates: Mapping[int, WidthUpdate], *,
                            uniform: bool = False) -> dict:
     """HeteroFL's average; in the next round all sub-models begin one channel further (Algorithm 1).
@@ -734,7 +822,6 @@ def fedrolex_server_update(server: dict, updates: Mapping[int, WidthUpdate], *,
 
 
 # ------------------------------------------------------------------------------------------ ScaleFL
-
 
 class Scaled(NamedTuple):
     """What the server sends to a client."""
@@ -812,7 +899,6 @@ def scalefl_server_update(server: dict, updates: Mapping[int, WidthUpdate], *,
 
 
 # ------------------------------------------------------------------------------------------- FedGen
-
 
 class Generated(NamedTuple):
     """What the server sends to a client."""
@@ -905,7 +991,6 @@ def fedgen_distil(server: dict, updates: Mapping[int, LabelledUpdate], build: Ca
 
 # -------------------------------------------------------------------------------------------- FedDF
 
-
 def mean_logits(build: Callable, weights: Mapping[str, State], updates: Mapping[int, Update],
                 proxy: ClientData) -> Tensor:
     """The logits (N, C) for the proxy images, mean over the clients' models."""
@@ -956,3 +1041,187 @@ def feddf_distil(server: dict, updates: Mapping[int, Update], build: Callable, s
             schedule.step()
         new[arch] = copy_state(student)
     return {**server, "weights": new}
+
+
+# ----------------------------------------------------------------------------------- what a flag is
+
+NOT_SAID = "not said here"  # in place of a default
+
+
+class By(NamedTuple):
+    """A default that goes by the method, the data set or the setting of a run."""
+
+    setting: str  # "method", "dataset" or "setting"
+    values: Mapping[str, Any]
+    otherwise: Any = NOT_SAID  # of a method's default: the flag's own then counts
+
+    def __str__(self) -> str:
+        cases = [f"{value} ({name})" for name, value in self.values.items()]
+        return ", ".join(cases + [f"else {self.otherwise}"] * (self.otherwise is not NOT_SAID))
+
+
+class Flag(NamedTuple):
+    """A flag of the command line: --name, with hyphens for underscores."""
+
+    name: str
+    kind: type  # int, float or str; bool: typed or not; list: one or more of the choices
+    help: str  # what it is, with the paper's value, symbol and section
+    group: str = ""  # where --help has it; "": under the methods that read it
+    default: Any = NOT_SAID  # a value or By; NOT_SAID: only methods read it that have a default
+    low: float | None = None  # the smallest number allowed,
+    above: float | None = None  # or the largest that is too small
+    high: float = 1e9  # the largest number allowed
+    choices: Collection[str] = ()
+    file: str = ""  # of the name of a file that may be given instead of a choice: how it ends
+    metavar: str = ""
+    when: Mapping[str, Collection[str]] = {}  # read if one of these flags has one of these values,
+    unless: Mapping[str, Collection[str]] = {}  # and not if one has one of these
+    decides: Mapping[str, Mapping[str, Any]] = {}  # choice, "" for any -> flags that it fixes
+    may_change: bool = False  # on --resume
+    kept: bool = True  # in config.json
+
+
+def typed_as(name: str) -> str:
+    """How a flag is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def read_value(flag: Flag, text: str) -> int | float | str:
+    """The value of a flag that takes one.  Raises ValueError if it cannot have this one."""
+    name, file = typed_as(flag.name), f", or give the path of an {flag.file} file" * bool(flag.file)
+    if flag.kind is str:
+        if not flag.choices or text in flag.choices or (file and text.endswith(flag.file)):
+            return text
+        raise ValueError(f"unknown {name} '{text}': choose one of {', '.join(flag.choices)}{file}")
+    try:
+        value = flag.kind(text)
+    except ValueError:
+        value = math.nan
+    if value > flag.high:
+        raise ValueError(f"{name} must be at most {flag.high:g}, not '{text}'")
+    if not (value > flag.above if flag.low is None else value >= flag.low):
+        noun = "a whole number" if flag.kind is int else "a number"
+        bound = f"above {flag.above:g}" if flag.low is None else f"at least {flag.low:g}"
+        raise ValueError(f"{name} must be {noun} {bound}, not '{text}'")
+    return value
+
+
+def default_of(flag: Flag, method: Method, settings: Mapping[str, Any]) -> Any:
+    """A flag's default in a run of these settings: the method's, or else the flag's own."""
+    for default in (method.defaults.get(flag.name, NOT_SAID), flag.default):
+        if isinstance(default, By):
+            default = default.values.get(settings[default.setting], default.otherwise)
+        if default is not NOT_SAID:
+            return default
+    return NOT_SAID
+
+
+def why_unread(flag: Flag, method: Method, settings: Mapping[str, Any],
+               fixed: Mapping[str, str]) -> str | None:
+    """The reason why a run does not read a flag, or None: it does.
+
+    settings: of the run, as far as its method reads them
+    fixed: settings that another flag has decided -> that flag, as it was typed
+    """
+    by_method = f"by --method {settings['method']}"
+    if flag.name in fixed:
+        return f"with {fixed[flag.name]}"
+    if flag.kept and flag.name not in settings:
+        return by_method + (f", which {method.instead[flag.name]}"
+                            if flag.name in method.instead else "")
+    for other, values in flag.unless.items():
+        if settings.get(other) in values:
+            return f"with {typed_as(other)} {settings[other]}"
+    if flag.when and not any(settings.get(other) in values for other, values in flag.when.items()):
+        other = next(iter(flag.when))
+        if other not in settings:
+            return by_method
+        return f"with {fixed.get(other, f'{typed_as(other)} {settings[other]}')}"
+    return None
+
+
+def default_text(flag: Flag, methods: Mapping[str, Method]) -> str:
+    """A flag's default in words, and those of methods that have another."""
+    by_text = {} if flag.default is NOT_SAID else {str(flag.default): []}
+    for name, method in methods.items():
+        if flag.name in method.defaults:
+            by_text.setdefault(str(method.defaults[flag.name]), []).append(name)
+    said = [f"{', '.join(names)}: {text}" if names and len(by_text) > 1 else text
+            for text, names in by_text.items() if text not in ("None", "False", "[]")]
+    return f"; default {'; '.join(said)}" if said else ""
+
+
+# ------------------------------------------------------------------------------ methods and flags
+
+IN_STEP = ("layerwise", "per-architecture")  # averages of all updates of a round at once
+FEDAVG = Method(
+    paper="McMahan et al. 2017", sends="weights", keeps="-", init=fedavg_init,
+    download=fedavg_download, client_update=fedavg_client_update,
+    server_update=fedavg_server_update, deploy=fedavg_deploy, networks="all but -widths",
+    averages=(*IN_STEP, "async"), defaults={"aggregation": "layerwise"})
+APFL_SETTINGS = {  # defaults of methods that are in AP-FL's tables alone
+    "setting": By("dataset", {"digits": "quick"}, "apfl"),
+    **{name: By("setting", {"quick": value}) for name, value in (
+        ("participation", 1.0), ("local_epochs", 5), ("batch_size", 50), ("model", "cnn"))}}
+HETEROFL = FEDAVG._replace(
+    paper="Diao et al. 2021", sends="sub-model", init=heterofl_init, download=heterofl_download,
+    client_update=heterofl_client_update, server_update=heterofl_server_update,
+    deploy=heterofl_deploy, assign=heterofl_assign, networks="-widths", averages=(),
+    instead={"aggregation": "averages each coordinate over the sub-models that hold it"},
+    defaults={"model": By("setting", {"fedin": "resnet152-widths"}, "resnet18-widths")})
+
+METHODS = {
+    "local": FEDAVG._replace(
+        paper="-", sends="nothing", keeps="its model", initial_memory=local_initial_memory,
+        download=local_download, client_update=local_client_update, deploy=local_deploy,
+        server_update=local_server_update, has_server=False, averages=(), defaults=APFL_SETTINGS),
+    "fedavg": FEDAVG,
+    "fedavg-ft": FEDAVG._replace(
+        paper="AP-FL, Sec. 4.1", keeps="its model, at the end", stages={"late": train_late},
+        defaults=FEDAVG.defaults | APFL_SETTINGS),
+    "fedprox": FEDAVG._replace(
+        paper="Li et al. 2020", client_update=fedprox_client_update,
+        defaults=FEDAVG.defaults | {"mu": By("setting", {"apfl": FEDPROX_MU_APFL}, FEDPROX_MU)}),
+    "scaffold": FEDAVG._replace(
+        paper="Karimireddy et al. 2020", sends="weights, change of its variate",
+        keeps="control variate", init=scaffold_init, initial_memory=scaffold_initial_memory,
+        download=scaffold_download, client_update=scaffold_client_update,
+        server_update=scaffold_server_update, averages=IN_STEP),
+    "fednova": FEDAVG._replace(
+        paper="Wang et al. 2020", sends="weights, a number", client_update=fednova_client_update,
+        server_update=fednova_server_update, averages=IN_STEP),
+    "moon": FEDAVG._replace(
+        paper="Li et al. 2021", keeps="its last model", initial_memory=moon_initial_memory,
+        client_update=moon_client_update, averages=IN_STEP,
+        defaults=FEDAVG.defaults | {"mu": MOON_MU}),
+    "fedgen": FEDAVG._replace(
+        paper="Zhu et al. 2021", sends="weights, class counts", init=fedgen_init,
+        download=fedgen_download, client_update=fedgen_client_update, distil=fedgen_distil,
+        averages=IN_STEP, defaults=FEDAVG.defaults | APFL_SETTINGS),
+    "feddf": FEDAVG._replace(
+        paper="Lin et al. 2020", server_update=feddf_server_update, distil=feddf_distil,
+        averages=(), instead={"aggregation": "averages within each architecture, since its server "
+                              "trains them apart"},
+        defaults=APFL_SETTINGS | {"proxy": "holdout", "distillation_steps": By(
+            "setting", {"quick": 50}, DISTILLATION_STEPS)}),
+    "heterofl": HETEROFL,
+    "inclusivefl": FEDAVG._replace(
+        paper="Liu et al. 2022", server_update=inclusivefl_server_update, averages=IN_STEP),
+    "fedrolex": HETEROFL._replace(paper="Alam et al. 2022", server_update=fedrolex_server_update),
+    "scalefl": HETEROFL._replace(
+        paper="Ilhan et al. 2023", sends="sub-model with exits", architectures=with_exits,
+        init=scalefl_init, download=scalefl_download, client_update=scalefl_client_update,
+        server_update=scalefl_server_update, assign=None,
+        defaults=HETEROFL.defaults | {"self_distillation": SELF_DISTILLATION}),
+    "inco": FEDAVG._replace(
+        paper="Chan et al. 2024", server_update=inco_server_update, averages=IN_STEP),
+}
+FLAGS = [
+    Flag("mu", float, "fedprox, fedin: weight of the proximal term (FedIN Eq. 3 and Sec. 5.1: mu/2 "
+         "= 0.05; AP-FL: not stated); moon: of the contrastive loss (its own: 5)", low=0),
+    Flag("proxy", str, "the server's unlabelled images: training images that no client has, noise, "
+         f"or those of an .npz; at most {PROXY_IMAGES}", choices=PROXIES, file=".npz"),
+    Flag("distillation_steps", int, "steps a round on the server; 0: none", low=0),
+    Flag("self_distillation", float, "gamma: how much earlier exits learn from the last, after a "
+         "quarter of the rounds (0: as released)", low=0),
+]

@@ -1,7 +1,7 @@
 """Data sets, partitions, batches and random streams.  A leaf: knows nothing of models.
 
-In reading order: random streams; loading (digits, torchvision's data sets, any .npz); partitions of
-the training images among clients and shares of the test images; what turns uint8 images into
+In reading order: random streams; loading (digits, torchvision's data sets, any .npz); which images
+a run uses; how they are shared out (share_out, and each partition); what turns uint8 images into
 network input, and the batches of one client.
 
 Images are uint8 tensors (N, C, 32, 32), labels int64 (N,).  A client is an index into them: nothing
@@ -14,22 +14,24 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision.transforms.functional import resize
 
 IMAGE_SIZE = 32  # pixels; both papers resize every image to 32x32
-DATASETS = ("digits", "svhn", "cifar10", "cifar100", "emnist", "fashionmnist")
+DOWNLOADED = ("svhn", "cifar10", "cifar100", "emnist", "fashionmnist")
+DATASETS = ("digits", *DOWNLOADED)
+OF_CHARACTERS = ("digits", "svhn", "emnist")  # a flip or a crop would make other characters
 MIN_IMAGES = 10  # a client under the Dirichlet partition; the usual rule of the field
 MAX_REDRAWS = 10_000  # of a Dirichlet partition, before giving up
+PROXIES = ("holdout", "noise")  # unlabelled images of a server, besides those of an .npz
+PROXY_IMAGES = 5000  # that it holds at most
+PROXY_SHARE = 0.1  # of the training images, set aside for it where a subset leaves none over
 
 # What a random stream is for.  The numbers enter every seed, so they are part of every result:
 # append new ones, never renumber.
@@ -57,8 +59,20 @@ class ClientData(NamedTuple):
     prepare: Callable[[Tensor], Tensor]  # uint8 images to network input
 
 
-# ----------------------------------------------------------------------------------- random streams
+class Shared(NamedTuple):
+    """A data set shared out among clients."""
 
+    data: Dataset
+    parts: list[Tensor]  # client -> indices (n_k,) of its training images, ascending
+    test_parts: list[Tensor]  # client -> indices of its test images
+    dropouts: list[int]  # clients that dropped out before the first round
+    seen: list[int]  # classes that clients hold that take part
+    unseen: list[int]  # classes that dropout clients alone hold
+    statistics: tuple[Tensor, Tensor]  # mean and deviation of a channel, of clients that take part
+    proxy: Tensor | None  # unlabelled images that the server holds, uint8
+
+
+# ----------------------------------------------------------------------------------- random streams
 
 def numpy_stream(seed: int, purpose: int, round: int = 0, client: int = 0) -> np.random.Generator:
     """A numpy generator of its own for one purpose, round and client."""
@@ -76,7 +90,6 @@ def torch_stream(seed: int, purpose: int, round: int = 0, client: int = 0) -> to
 
 
 # ------------------------------------------------------------------------------------------ loading
-
 
 def load(dataset: str, data_dir: str | Path = "data") -> Dataset:
     """Load a data set by name, or a user's own from the path of an .npz file.
@@ -109,6 +122,9 @@ def load(dataset: str, data_dir: str | Path = "data") -> Dataset:
 
 def read_digits() -> Dataset:
     """scikit-learn's 1,797 handwritten digits (8x8, 17 gray levels), always split 1,437 / 360."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     train, test = train_test_split(np.arange(len(images)), test_size=360, random_state=0,
@@ -125,7 +141,9 @@ def download(dataset: str, data_dir: str | Path) -> Dataset:
     images turned upright (the files store them transposed).
     Raises ValueError if it can be neither downloaded nor verified.
     """
-    sets, root = torchvision.datasets, str(data_dir)
+    from torchvision import datasets as sets
+
+    root = str(data_dir)
     try:
         if dataset == "svhn":
             train, test = (sets.SVHN(root, split, download=True) for split in ("train", "test"))
@@ -250,15 +268,20 @@ def check_labels(name: str, labels: np.ndarray, count: int) -> None:
 
 
 def to_images(array: np.ndarray) -> Tensor:
-    """Images (N, H, W) or (N, H, W, C), 0..255 or floats in 0..1, as uint8 (N, C, 32, 32)."""
+    """Images (N, H, W) or (N, H, W, C), 0..255 or floats in 0..1, as uint8 (N, C, 32, 32).
+
+    Resized by bilinear interpolation with antialiasing, as torchvision does it.
+    """
     chunks, size = [], [IMAGE_SIZE, IMAGE_SIZE]
     for start in range(0, len(array), 1000):  # floats take several times the memory
         chunk = array[start:start + 1000]
         chunk = np.rint(chunk * 255) if chunk.dtype.kind == "f" else chunk
         images = torch.from_numpy(chunk.astype(np.uint8))
         images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
-        chunks.append(images if list(images.shape[2:]) == size else
-                      resize(images, size, antialias=True))
+        if list(images.shape[2:]) != size:
+            images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
+            images = images.round().to(torch.uint8)
+        chunks.append(images)
     return torch.cat(chunks).contiguous()
 
 
@@ -267,7 +290,56 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-# --------------------------------------------------------------------------------------- partitions
+# ------------------------------------------------------------------------- which images a run uses
+
+def choose_images(labels: Tensor, seed: int, *, train_images: int | None = None,
+                  hold_out: bool = False) -> tuple[Tensor, Tensor]:
+    """Indices of the training images that the clients share, and of those that the server holds.
+
+    train_images: how many the clients get, a class-balanced subset; None: all
+    hold_out: whether the server holds any.  They are among those that the subset leaves over; where
+        these are fewer than PROXY_SHARE of the clients' images, the clients give up some of theirs
+    Raises ValueError if there are fewer images than asked for.
+    """
+    chosen = torch.arange(len(labels))
+    if train_images is not None:
+        if train_images > len(labels):
+            raise ValueError(f"--train-images {train_images} is more than the {len(labels)} "
+                             "training images there are")
+        chosen = balanced_subset(labels, train_images, numpy_stream(seed, SUBSET))
+    if not hold_out:
+        return chosen, chosen[:0]
+    order = torch.from_numpy(numpy_stream(seed, PROXY).permutation(len(labels)))
+    is_chosen = torch.isin(order, chosen)
+    left_over = order[~is_chosen]
+    size = min(PROXY_IMAGES, max(len(left_over), round(PROXY_SHARE * len(chosen))))
+    held_out = torch.cat([left_over, order[is_chosen]])[:size]
+    return chosen[~torch.isin(chosen, held_out)], held_out
+
+
+def proxy_images(proxy: str, loaded: Dataset, held_out: Tensor, unseen: list[int],
+                 seed: int) -> Tensor:
+    """The unlabelled images that a server holds, uint8 (N, C, 32, 32).
+
+    proxy: "holdout", training images that no client has; "noise"; or the path of an .npz
+    held_out: their indices, from choose_images, for "holdout"; those of unseen classes are left
+        out, since nothing of dropout clients' classes may reach the server
+    Raises ValueError if there are none that fit.
+    """
+    channels, rng = loaded.x_train.shape[1], numpy_stream(seed, PROXY)
+    if proxy == "holdout":
+        images = loaded.x_train[held_out[~torch.isin(loaded.y_train[held_out],
+                                                     torch.tensor(unseen, dtype=torch.int64))]]
+    elif proxy == "noise":
+        shape = (min(PROXY_IMAGES, len(loaded.y_train)), channels, IMAGE_SIZE, IMAGE_SIZE)
+        images = torch.from_numpy(rng.integers(256, size=shape, dtype=np.uint8))
+    else:
+        images = load(proxy).x_train
+        images = images[torch.from_numpy(rng.permutation(len(images))[:PROXY_IMAGES])]
+    if images.shape[1] != channels or len(images) < 2:
+        raise ValueError(f"--proxy {proxy} has {len(images)} images of {images.shape[1]} channels, "
+                         f"and at least 2 of {channels} are needed: give another --proxy")
+    return images
 
 
 def balanced_subset(labels: Tensor, count: int, rng: np.random.Generator) -> Tensor:
@@ -280,6 +352,60 @@ def balanced_subset(labels: Tensor, count: int, rng: np.random.Generator) -> Ten
         rank[members] = np.arange(len(members))
     by_rank = order[np.argsort(rank[order], kind="stable")]
     return torch.from_numpy(np.sort(by_rank[:count]))
+
+
+# --------------------------------------------------------------------------------------- partitions
+
+def share_out(whole: Dataset, num_clients: int, seed: int, *, train_images: int | None = None,
+              partition: str = "dirichlet", alpha: float = 0.5, classes_per_client: int = 2,
+              missing_classes: float | None = None, proxy: str | None = None) -> Shared:
+    """Share a data set out among clients, and with proxy unlabelled images to the server.
+
+    train_images: see choose_images;  proxy: see proxy_images
+    partition: "iid", "dirichlet" (with alpha) or "pathological" (with classes_per_client)
+    missing_classes: AP-FL's dropout setting instead, see partition_dropout; in all others nobody
+        drops out.  Of dropout clients' images nothing is used, not even for the statistics
+    Raises ValueError if the images cannot be shared out so, or a client gets fewer than two.
+    """
+    chosen, held_out = choose_images(whole.y_train, seed, train_images=train_images,
+                                     hold_out=proxy == "holdout")
+    data = whole
+    if len(chosen) < len(whole.y_train):
+        data = whole._replace(x_train=whole.x_train[chosen], y_train=whole.y_train[chosen])
+    labels = data.y_train
+    if len(labels) < 2 * num_clients:
+        raise ValueError(f"{len(labels)} training images cannot give each of {num_clients} clients "
+                         "the two that it needs: use fewer --clients or more images")
+    rng, dropouts = numpy_stream(seed, PARTITION), []
+    if missing_classes is not None:
+        parts, dropouts = partition_dropout(labels, num_clients, missing_classes, rng)
+    elif partition == "iid":
+        parts = partition_iid(labels, num_clients, rng)
+    elif partition == "dirichlet":
+        parts = partition_dirichlet(labels, num_clients, alpha, rng)
+    else:
+        parts = partition_pathological(labels, num_clients, classes_per_client, rng)
+    for k, part in enumerate(parts):
+        if len(part) < 2:
+            raise ValueError(f"this partition leaves client {k} with {len(part)} images, and each "
+                             "needs two: use fewer --clients or more images")
+    taking_part = torch.cat([part for k, part in enumerate(parts) if k not in dropouts])
+    seen, held = (labels[rows].unique().tolist() for rows in (taking_part, torch.cat(parts)))
+    unseen = [label for label in held if label not in seen]
+    return Shared(data, parts, share_test(data.y_test, labels, parts,
+                                          numpy_stream(seed, TEST_SHARES)),
+                  dropouts, seen, unseen, channel_statistics(data.x_train, taking_part),
+                  None if proxy is None else proxy_images(proxy, whole, held_out, unseen, seed))
+
+
+def on_device(value: object, device: str | torch.device) -> object:
+    """The same nest of lists and named tuples with its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (list, tuple)):
+        items = [on_device(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
 
 
 def partition_iid(labels: Tensor, num_clients: int, rng: np.random.Generator) -> list[Tensor]:
@@ -410,7 +536,6 @@ def share_test(test_labels: Tensor, train_labels: Tensor, parts: list[Tensor],
 
 # ------------------------------------------------------------------------------------------ batches
 
-
 def channel_statistics(images: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel of the indexed images, each (C, 1, 1), in 0..255.
 
@@ -443,6 +568,19 @@ class Augmentation(NamedTuple):
 
 
 CHARACTERS = Augmentation(padding=0, flip=False)  # for SVHN, digits and letters: Cutout alone
+
+
+def preparation(statistics: tuple[Tensor, Tensor], dataset: str = "",
+                rng: torch.Generator | None = None) -> Callable[[Tensor], Tensor]:
+    """What makes network input of uint8 images: standardise, or with rng augment, by the data set.
+
+    statistics: mean and deviation of every channel
+    """
+    mean, deviation = statistics
+    if rng is None:
+        return partial(standardise, mean=mean, deviation=deviation)
+    kind = CHARACTERS if dataset in OF_CHARACTERS else Augmentation()
+    return partial(augment, mean=mean, deviation=deviation, kind=kind, rng=rng)
 
 
 def augment(images: Tensor, mean: Tensor, deviation: Tensor, kind: Augmentation,

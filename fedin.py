@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from baselines import (Client, Result, Stream, add_proximal_gradient, fedavg_init,
-                       fedavg_server_update, reset)
+from baselines import (FEDAVG, IN_STEP, Client, Flag, Result, Stream, add_proximal_gradient,
+                       fedavg_init, fedavg_server_update, reset)
 from data import BATCHES, FEATURE_BATCH, FEATURE_NOISE, FEATURE_POOL, NOISE, ClientData, batches
 from models import State, copy_state, layerwise_average
 
@@ -57,7 +57,6 @@ class Update(NamedTuple):
 
 
 # --------------------------------------------------------------- gradient alleviation (Section 4.2)
-
 
 def project_gradient(inner: Tensor, local: Tensor) -> Tensor:
     """The point nearest to G_IN that does not oppose G_local (Eq. 12, the solution of Eq. 9).
@@ -91,7 +90,6 @@ def project_gradients(inner: Mapping[str, Tensor], local: Mapping[str, Tensor], 
 
 # ------------------------------------------------------------------------------ noise (Section 4.3)
 
-
 def add_noise(s: Tensor, level: float, rng: torch.Generator, *,
               per_channel: bool = False) -> Tensor:
     """s + level sigma z with z ~ N(0, 1), where sigma is the standard deviation of s itself.
@@ -108,7 +106,6 @@ def add_noise(s: Tensor, level: float, rng: torch.Generator, *,
 
 
 # ---------------------------------------------------------------------------------------- one round
-
 
 def fedin_init(weights: dict[str, State]) -> dict:
     """The server's state: global weights, and a pool of features that is empty before round 1.
@@ -267,3 +264,41 @@ def fedin_server_update(server: dict, updates: Mapping[int, Update], *,
     return {**server, "pool": {"owner": owner,
                                "s_in": torch.cat([s_in for s_in, _ in sent.values()]),
                                "s_out": torch.cat([s_out for _, s_out in sent.values()])}}
+
+
+def fedin_further_traffic(net: nn.Module, image: Tensor, *, feature_batch_size: int,
+                          feature_batches: int) -> list[Tensor]:
+    """The features that a client sends, and from round 2 on receives, as tensors without content.
+
+    net, image: a network in evaluation mode and one image (1, C, H, W), on the meta device
+    """
+    s_in = net.extractor(image)
+    return [s.expand(feature_batch_size * feature_batches, *s.shape[1:])
+            for s in (s_in, net.intermediate(s_in))]
+
+
+# ------------------------------------------------------------------------------- method and flags
+
+ABLATIONS = {  # what each part is set to when it is left out
+    "in": {"feature_batches": 0, "feature_batch_size": 0, "projection": "sum"},
+    "prox": {"mu": 0.0},
+    "opt": {"projection": "sum"},
+}
+
+METHODS = {"fedin": FEDAVG._replace(
+    paper="FedIN", sends="weights, features", init=fedin_init, download=fedin_download,
+    client_update=fedin_client_update, server_update=fedin_server_update, averages=IN_STEP,
+    further_traffic=fedin_further_traffic, defaults=FEDAVG.defaults | {
+        "mu": MU, "noise": 0.0, "projection": "simplified", "feature_batch_size":
+        FEATURE_BATCH_SIZE, "feature_batches": FEATURE_BATCHES, "ablate": []})}
+
+FLAGS = [
+    Flag("noise", float, "noise on the features, as a multiple of their standard deviation; FedIN "
+         f"(+Noise), Sec. 4.3: {NOISE_LEVEL}", low=0),
+    Flag("projection", str, "gradient alleviation: Eq. 13, Eq. 12, or none",
+         choices=("simplified", "exact", "sum")),
+    Flag("ablate", list, "leave out IN training, the proximal term, the alleviation (Table 2b)",
+         choices=ABLATIONS, decides=ABLATIONS),
+    Flag("feature_batch_size", int, "features in a batch, |S|, Fig. 6c", low=2),
+    Flag("feature_batches", int, "batches of features sent and received, Fig. 6d", low=1),
+]

@@ -30,6 +30,7 @@ from data import first_line
 from models import drawing_from
 
 NOISE_DIM = 20  # d_z, the best of those in the paper's Fig. 5
+WIDTHS = (128, 64)  # channels of the generator's convolutions, as in the work it is from
 BALANCE = 0.5  # lambda, AP-FL Sec. 4.1
 LATENT_NOISE_DIM, LATENT_HIDDEN = 64, 512  # of FedGen's generator, whose paper has no such CNN
 LATENT_LR, LATENT_WEIGHT_DECAY = 3e-4, 1e-2  # of Adam, in FedGen's released code (MNIST)
@@ -37,7 +38,8 @@ GENERATOR_LR = 1e-3  # of Adam, as in the work that the network is from (the pap
 SAMPLE_BATCH = 250  # synthetic images made at a time
 HUGE = 1e100  # no embedding has such a number, and its square would overflow
 
-SEMANTICS = ("clip", "bert", "word2vec", "onehot", "segments")
+ENCODERS = ("clip", "bert")  # of text, with weights to download
+SEMANTICS = (*ENCODERS, "word2vec", "onehot", "segments")
 PROMPT = "a photo of a {}."  # what CLIP and BERT read; the paper does not state its own
 SEGMENTS = {  # which of the segments a..g of a seven-segment display a digit lights
     "0": "abcdef", "1": "bc", "2": "abdeg", "3": "abcdg", "4": "bcfg", "5": "acdfg",
@@ -45,7 +47,6 @@ SEGMENTS = {  # which of the segments a..g of a seven-segment display a digit li
 
 
 # ------------------------------------------------------------------------------------ network
-
 
 class SemanticGenerator(nn.Module):
     """x_hat = G(z, A(y); omega), Eq. 11: noise and the label's embedding to a 32x32 image.
@@ -59,21 +60,21 @@ class SemanticGenerator(nn.Module):
 
     def __init__(self, semantics: Tensor, channels: int, noise_dim: int = NOISE_DIM):
         super().__init__()
-        self.noise_dim = noise_dim
+        self.noise_dim, (wide, narrow) = noise_dim, WIDTHS
         self.register_buffer("semantics", semantics)
         self.network = nn.Sequential(
-            nn.Linear(noise_dim + semantics.shape[1], 128 * 8 * 8),
-            nn.Unflatten(1, (128, 8, 8)),
-            nn.BatchNorm2d(128),
+            nn.Linear(noise_dim + semantics.shape[1], wide * 8 * 8),
+            nn.Unflatten(1, (wide, 8, 8)),
+            nn.BatchNorm2d(wide),
             nn.Upsample(scale_factor=2),  # 8 -> 16
-            nn.Conv2d(128, 128, 3, padding=1),
-            nn.BatchNorm2d(128),
+            nn.Conv2d(wide, wide, 3, padding=1),
+            nn.BatchNorm2d(wide),
             nn.LeakyReLU(0.2, inplace=True),
             nn.Upsample(scale_factor=2),  # 16 -> 32
-            nn.Conv2d(128, 64, 3, padding=1),
-            nn.BatchNorm2d(64),
+            nn.Conv2d(wide, narrow, 3, padding=1),
+            nn.BatchNorm2d(narrow),
             nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(64, channels, 3, padding=1),
+            nn.Conv2d(narrow, channels, 3, padding=1),
             nn.Tanh(),
             nn.BatchNorm2d(channels, affine=False),
         )
@@ -106,7 +107,6 @@ def load_generator(state: dict[str, Tensor], channels: int,
 
 
 # ------------------------------------------------------------------------------------- losses
-
 
 def class_weights(counts: Tensor, *, of_all: bool = False) -> Tensor:
     """alpha_k^y of Eq. 7: the share of the images of class y that client k holds.
@@ -154,7 +154,6 @@ def diversity_loss(x: Tensor, *, per_pixel: bool = False) -> Tensor:
 
 # ------------------------------------------------------------------------ training and sampling
 
-
 def train_generator(generator: SemanticGenerator, teachers: Sequence[nn.Module], weights: Tensor,
                     rng: torch.Generator, *, generator_steps: int, generator_batch: int,
                     balance: float = BALANCE, lr: float = GENERATOR_LR,
@@ -200,13 +199,12 @@ def sample(generator: SemanticGenerator, y: Tensor, rng: torch.Generator) -> Ten
 
 # ---------------------------------------------------------------------------------- semantics
 
-
-def load_semantics(semantics: str, classes: Sequence[str], *, cache: Path | None = None,
-                   word_vectors: str | None = None) -> Tensor:
+def load_semantics(classes: Sequence[str], *, semantics: str, dataset: str = "",
+                   data_dir: str | Path = "data", word_vectors: str | None = None) -> Tensor:
     """A(y): the standardised embeddings (classes, d_A) of class names, from a named source.
 
     semantics: one of SEMANTICS, or the path of an .npz with classes and embeddings
-    cache: .npz that what a text encoder gives is kept in, and read from the next time
+    dataset, data_dir: what a text encoder gives is kept in that folder, by the data set's name
     word_vectors: the text file that word2vec reads
     Raises ValueError with one line that says what is wrong and what to do.
     """
@@ -216,8 +214,9 @@ def load_semantics(semantics: str, classes: Sequence[str], *, cache: Path | None
         embeddings = segment_table(classes)
     elif semantics == "word2vec":
         embeddings = read_word_vectors(word_vectors, classes)
-    elif semantics in SEMANTICS:
+    elif semantics in ENCODERS:
         encode = {"clip": clip_embeddings, "bert": bert_embeddings}[semantics]
+        cache = Path(data_dir) / f"{semantics}-{Path(dataset).stem}.npz"
         embeddings = encode_with_cache(encode, classes, cache)
     else:
         embeddings = read_embeddings(semantics, classes)
@@ -335,25 +334,25 @@ def words_of(name: str) -> list[str]:
 
 
 def encode_with_cache(encode: Callable[[list[str]], np.ndarray], classes: Sequence[str],
-                      cache: Path | None) -> np.ndarray:
+                      cache: Path) -> np.ndarray:
     """What a text encoder gives for the class names, kept in an .npz from one run to the next.
 
     It is kept by the text that was encoded, so that another prompt is encoded anew.
     """
     texts = [PROMPT.format(name.replace("_", " ")) for name in classes]
-    if cache is not None and cache.exists():
+    if cache.exists():
         try:
             return read_embeddings(cache, texts)
         except ValueError:  # of other classes, or damaged: made anew
             pass
+    print("encoding the class names, by weights that are downloaded at first use", flush=True)
     with quiet_and_drawing_nothing():
         embeddings = encode(texts)
-    if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_suffix(".tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, classes=np.array(texts), embeddings=embeddings)
-        temporary.replace(cache)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cache.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, classes=np.array(texts), embeddings=embeddings)
+    temporary.replace(cache)
     return embeddings
 
 
@@ -411,7 +410,6 @@ def bert_embeddings(texts: list[str], *, weights: str = "bert-base-uncased") -> 
 
 
 # ---------------------------------------------------------------------- FedGen's latent generator
-
 
 class LatentGenerator(nn.Module):
     """Noise (N, d_z) in [0, 1) and labels (N,) to inputs of a classifier's last layer (N, width).

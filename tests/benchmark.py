@@ -2,14 +2,18 @@
 
     python -m tests.benchmark
 
-1. FedAvg's client update against a bare PyTorch loop that does the same steps, images a second.
-2. A FedIN round with two workers against one.
+1. What starting costs beside `import torch`: CPU seconds and peak memory.
+2. FedAvg's client update against a bare PyTorch loop that does the same steps, images a second.
 3. What a round spends outside training and evaluation.
-4. Seconds of a round of every method, on colour images at the scale of the README's tables.
+4. Seconds of a round of every method, on colour images at the scale of the tables in RESULTS.md.
+5. A FedIN round with two workers against one.
 Images are random: no time depends on their content.
 """
 
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +26,7 @@ import torch.nn.functional as F
 
 import baselines
 import data
+import files
 import models
 import run
 
@@ -42,6 +47,35 @@ def median_of_ratios(first, second, repeats: int = REPEATS) -> tuple[float, floa
         times.append((pair[first], pair[second]))
     a, b = zip(*times)
     return statistics.median(a), statistics.median(b), statistics.median(y / x for x, y in times)
+
+
+def cpu_seconds(*command: str) -> float:
+    """User and system time of a process, however it ends."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def starting(folder: Path) -> None:
+    """Ratios to `import torch`, alternated, and the peak memory of a small run."""
+    torch_alone = ("-c", "import torch")
+    for what, command in (("import run", ("-c", "import run")), ("--help", ("run.py", "--help")),
+                          ("a flag that is not read", ("run.py", "--method", "local", "--mu", "1")),
+                          ("an unknown method", ("run.py", "--method", "fedsgd"))):
+        cpu_seconds(*torch_alone), cpu_seconds(*command)
+        pairs = [(cpu_seconds(*command), cpu_seconds(*torch_alone)) for _ in range(REPEATS)]
+        print(f"{what}: {statistics.median(a for a, _ in pairs):.2f} s, import torch "
+              f"{statistics.median(b for _, b in pairs):.2f} s, ratio "
+              f"{statistics.median(a / b for a, b in pairs):.2f} (CPU)")
+    program = ("import sys, resource; {}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss "
+               "// 1024)")
+    for what, body in (("import torch", "import torch"), ("import run", "import run"),
+                       ("fedavg, cnn, digits", "import run; run.main(['--method', 'fedavg', "
+                        f"'--model', 'cnn', '--out', {str(folder / 'run')!r}])")):
+        done = subprocess.run([sys.executable, "-c", program.format(body)], text=True,
+                              capture_output=True)
+        print(f"peak memory of {what}: {done.stdout.split()[-1]} MiB")
 
 
 def bare_loop(model, weights, images, labels, mean, deviation, batch_size, epochs, lr):
@@ -79,7 +113,7 @@ def client_update_against_bare_loop(arch: str, batch_size: int, lr: float, count
           f"{2 * count / theirs:.0f} images/s, ratio {ratio:.3f}")
 
 
-def experiment_on(folder: Path, images: int, **typed) -> tuple[run.Experiment, dict]:
+def experiment_on(folder: Path, images: int, **typed) -> tuple[baselines.Experiment, dict]:
     """An experiment on random colour images, and the first state of its server."""
     rng = np.random.default_rng(0)
     path = folder / f"{images}.npz"
@@ -88,25 +122,25 @@ def experiment_on(folder: Path, images: int, **typed) -> tuple[run.Experiment, d
              x_test=rng.integers(256, size=(10, 32, 32, 3), dtype=np.uint8))
     experiment = run.prepare_experiment(run.resolve(
         {"dataset": str(path), "setting": "fedin", "method": "fedin"} | typed))
-    archs = experiment.architectures
-    if run.is_cut_by_width(experiment.settings):
-        archs = archs[-1:]
-    weights = models.initial_weights(archs, 3, 10, torch.Generator(), torch.device("cpu"))
-    return experiment, experiment.method.init(weights)
+    return experiment, run.first_progress(experiment).server
+
+
+def with_workers(experiment: baselines.Experiment, workers: int,
+                 threads: int = 1) -> baselines.Experiment:
+    """The experiment, whose clients train so many at a time, on networks of their own."""
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
+    experiment = experiment._replace(free={arch: [] for arch in experiment.free})
+    return experiment._replace(train=partial(run.train_clients, experiment, pool))
 
 
 def fedin_round_by_workers(folder: Path) -> None:
     experiment, server = experiment_on(folder, 4500, partition="iid", clients=10, participation=1.0,
                                        local_epochs=1)
-    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        server, _, _ = run.train_round(experiment, pool, 1, server, {})  # so that features travel
-
-    def one_round(pool, free):
-        run.train_round(experiment._replace(free=free), pool, 2, server, {})
+    # One round before, so that features travel.
+    server, _, _ = run.train_round(with_workers(experiment, 2), 1, server, {})
 
     def rounds(workers, threads):
-        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
-        return partial(one_round, pool, {arch: [] for arch in models.RESNET_BLOCKS})
+        return partial(run.train_round, with_workers(experiment, workers, threads), 2, server, {})
 
     two = rounds(2, 1)
     for workers, threads in ((1, 1), (1, 2)):
@@ -130,15 +164,14 @@ def share_outside_training(folder: Path) -> None:
     experiment = experiment._replace(method=method._replace(
         download=partial(timed, method.download),
         server_update=partial(timed, method.server_update)))
-    pool = ThreadPoolExecutor(experiment.settings["workers"], initializer=torch.set_num_threads,
-                              initargs=(1,))
+    experiment = with_workers(experiment, experiment.settings["workers"])
     shares = []
     for t in range(1, 6):
         spent.clear()
         start = time.perf_counter()
-        server, memory, figures = run.train_round(experiment, pool, t, server, {})
-        timed(run.save_checkpoint, folder, run.Progress(t, server, memory, figures, {}, {}))
-        timed(run.append_metrics, folder / "metrics.jsonl", {"round": t, **figures})
+        server, memory, figures = run.train_round(experiment, t, server, {})
+        timed(files.save_checkpoint, folder, files.Progress(t, server, memory, figures, {}, {}))
+        timed(files.append_metrics, folder / "metrics.jsonl", {"round": t, **figures})
         whole = time.perf_counter() - start
         shares.append(sum(spent) / whole)
     print(f"FedIN round, 5 of 20 clients, 5,000 images: {whole:.1f} s; sending, aggregation, log "
@@ -149,19 +182,18 @@ def seconds_a_round(folder: Path) -> None:
     """The second and third round of every method: 5 of 20 clients, 5,000 images, 2 epochs."""
     choices = {"resnets": ("local", "fedavg", "fedprox", "scaffold", "fednova", "moon",
                            "inclusivefl", "inco", "fedin"),
-               "resnet18-widths": run.WIDTH_METHODS, "cnn": ("fedavg", "fedgen", "feddf")}
+               "resnet18-widths": ("heterofl", "fedrolex", "scalefl"), "cnn": ("fedavg", "fedgen", "feddf")}
     for model, methods in choices.items():
         for method in methods:
             # As many again are for the server of FedDF to hold.
             experiment, server = experiment_on(
                 folder, 10_000, train_images=5000, alpha=0.5, clients=20, participation=0.25,
                 local_epochs=2, method=method, model=model)
-            pool = ThreadPoolExecutor(experiment.settings["workers"],
-                                      initializer=torch.set_num_threads, initargs=(1,))
+            experiment = with_workers(experiment, experiment.settings["workers"])
             memory, seconds = {}, []
             for t in (1, 2, 3):
                 start = time.perf_counter()
-                server, memory, figures = run.train_round(experiment, pool, t, server, memory)
+                server, memory, figures = run.train_round(experiment, t, server, memory)
                 seconds.append(time.perf_counter() - start)
             print(f"{method} on {model}: {statistics.mean(seconds[1:]):.1f} s a round")
 
@@ -169,6 +201,8 @@ def seconds_a_round(folder: Path) -> None:
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {run.num_cores()} cores")
     torch.set_num_threads(run.num_cores())
+    with tempfile.TemporaryDirectory() as name:
+        starting(Path(name))
     client_update_against_bare_loop("cnn", 50, 2e-4, 1000)
     client_update_against_bare_loop("resnet18", 16, 1e-3, 320)
     with tempfile.TemporaryDirectory() as name:

@@ -14,30 +14,31 @@ from pathlib import Path
 
 import torch
 
+import apfl
 import data
+import files
 import generator
 import models
 import run
+from baselines import Task
 
 
 def main(out: Path) -> None:
     settings = json.loads((out / "config.json").read_text())
     torch.set_num_threads(run.num_cores())
     experiment = run.prepare_experiment(settings)
-    progress = run.load_checkpoint(out, settings["device"])
+    progress = files.load_checkpoint(out, settings["device"])
     channels, names = experiment.data.x_train.shape[1], experiment.data.classes
     net = generator.load_generator(progress.after["generator"], channels, settings["noise_dim"])
     (arch,) = models.MODELS[settings["model"]]
     start = models.initial_weights([arch], channels, len(names), data.torch_stream(
         settings["seed"], data.INITIAL_WEIGHTS), experiment.data.x_train.device)[arch]
-    befriend = partial(experiment.method.befriend, friend_labels="all")
-    weights = run.train_client(experiment, befriend, 0, len(experiment.clients) - 1,
-                               (start, net)).kept
-    model = run.empty_network(experiment, arch)
-    model.load_state_dict(weights)
-    prepare = partial(data.standardise, mean=experiment.statistics[0],
-                      deviation=experiment.statistics[1])
-    predicted = models.predict(model, experiment.data.x_test, prepare)
+    befriend = partial(apfl.apfl_friend_update, friend_labels="all", **{
+        name: settings[name] for name in ("friend_epochs", "batch_size", "synthetic_per_class")})
+    task = Task(experiment.clients[-1], 0, (start, net))
+    model = experiment.network(arch, run.train_client(experiment, befriend, task).kept)
+    predicted = models.predict(model, experiment.data.x_test,
+                               data.preparation(experiment.statistics))
     labels = experiment.data.y_test
     print(f"{settings['semantics']}, {len(names)} classes, chance {100 / len(names):.1f} %")
     for what, classes in (("seen", experiment.seen), ("unseen", experiment.unseen)):

@@ -1,5 +1,12 @@
-"""AP-FL: what is sent and kept, staleness and the order of arrivals, friends, interpolation."""
+"""AP-FL: what is sent and kept, staleness and the order of arrivals, friends, interpolation.
 
+And through the command line: the stages after the last round, the dropout setting, asynchronous
+rounds.
+"""
+
+import json
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +16,10 @@ import baselines
 import data
 import generator
 import models
-from tiny import same
+import run
+from commands import (APFL, ASYNC, CNN, DROPOUT, FEW, config, go, lines, make_small,
+                      participants, result)
+from tiny import few_digits, same
 
 COUNT = 24  # images of a client
 TRAIN = dict(local_epochs=2, batch_size=8)
@@ -74,12 +84,23 @@ def test_the_server_averages_as_fedavg_and_keeps_each_clients_last_upload():
     assert server["teachers"] == {}  # the old state is as it was
 
 
-def test_clients_that_never_took_part_train_late():
+def test_clients_that_never_took_part_train_late_by_fedavgs_update():
     server = apfl.apfl_server_update(apfl.apfl_init({"cnn": weights_of(0)}),
                                      {1: upload(1, [3, 1])})
-    late = [apfl.apfl_trains_late(server, baselines.Client(k, torch.arange(2), "cnn"))
-            for k in range(3)]
-    assert late == [True, False, True]
+    own = own_data([0, 1] * 6)
+    clients = [baselines.Client(k, own.indices, "cnn") for k in range(3)]
+    experiment = baselines.Experiment(
+        {"seed": 0}, None, None, clients, [], [], [], [], None, [], {},
+        train=lambda update, tasks, what: {task.client.id: update(
+            *scratch(), task.received, own, lambda purpose, k=task.client.id: data.torch_stream(
+                0, purpose, task.number, k)) for task in tasks})
+    late = apfl.apfl_late(experiment, server, {}, **TRAIN)
+    assert sorted(late) == [0, 2]
+    by_hand = baselines.fedavg_client_update(
+        *scratch(), server["weights"]["cnn"], own,
+        lambda purpose: data.torch_stream(0, purpose, 0, 2), **TRAIN).update.weights
+    assert same(late[2], by_hand) and not same(late[0], by_hand)
+    assert sorted(baselines.train_late(experiment, server, {}, **TRAIN)) == [0, 1, 2]
 
 
 # ------------------------------------------------------------------- asynchronous aggregation
@@ -234,3 +255,252 @@ def test_interpolation_keeps_types_and_truncates_integers():
     assert mixed["n"].item() == 12 and mixed["n"].dtype == torch.int64
 
 
+# ------------------------------------------------------- AP-FL: stages after the last round
+
+
+@pytest.fixture(scope="module")
+def plain_apfl(tmp_path_factory):
+    """The folder of a run of two rounds without options, read by several tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_small(patch)
+        out = tmp_path_factory.mktemp("plain") / "out"
+        go(out, *APFL, "--rounds", "2")
+        return out
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    make_small(monkeypatch)
+
+
+def test_apfl_leaves_pictures_and_the_accuracies_of_all_its_models(plain_apfl, tmp_path, capsys):
+    entries = go(tmp_path, *APFL, "--rounds", "1")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "curves.png",
+        "samples.png", "beta.png"}
+    names = [f"{kind}_{name}" for kind in ("client", "friend", "personalised", "global")
+             for name in ("accuracy", "personal_accuracy")]
+    before, last = lines(plain_apfl)
+    assert set(last) - set(before) == set(names)
+    for entry in (last, entries[-1]):
+        assert all(0 <= entry[name] <= 100 for name in names)
+        assert entry["accuracy"] == entry["personalised_accuracy"]
+        assert entry["personal_accuracy"] == entry["personalised_personal_accuracy"]
+    final = json.loads((tmp_path / "result.json").read_text())
+    assert final["friend_accuracy"] == entries[-1]["friend_accuracy"]
+    assert final["generator_seconds"] > 0 and final["friends_seconds"] > 0
+    settings = config(tmp_path)
+    assert (settings["beta"], settings["semantics"], settings["lambda"]) == (0.1, "segments", 0.5)
+    shown = capsys.readouterr()
+    assert shown.err == "" and "personalised models" in shown.out and "generator" in shown.out
+
+
+def test_the_rounds_of_apfl_and_fedavg_ft_are_fedavgs(tmp_path, plain_apfl):
+    plain = go(tmp_path / "fedavg", *CNN, "--method", "fedavg", "--rounds", "2")
+    tuned = go(tmp_path / "fedavg-ft", *CNN, "--method", "fedavg-ft", "--rounds", "2")
+    apfl_lines = lines(plain_apfl)
+    counts = 3 * 8 * 10 / 1e6  # three participants tell how many images of ten classes they have
+    for a, b in zip(plain, apfl_lines):
+        assert a["upload_mb"] + counts == pytest.approx(b["upload_mb"], abs=1e-12)
+        for name in ("loss", "samples", "clock"):
+            assert a[name] == b[name]
+    assert plain[0]["accuracy"] == apfl_lines[0]["accuracy"] and plain[0] == tuned[0]
+    for last in (apfl_lines[-1], tuned[-1]):
+        assert last["global_accuracy"] == plain[-1]["accuracy"]
+        assert last["global_personal_accuracy"] == plain[-1]["personal_accuracy"]
+    weights = [torch.load(out / "checkpoint.pt", weights_only=True)["server"]["weights"]["cnn"]
+               for out in (tmp_path / "fedavg", tmp_path / "fedavg-ft", plain_apfl)]
+    assert same(weights[0], weights[1]) and same(weights[0], weights[2])
+
+
+def test_the_stages_traffic_is_on_the_last_line_and_in_the_totals(plain_apfl):
+    entries = lines(plain_apfl)
+    saved = torch.load(plain_apfl / "checkpoint.pt", weights_only=True)
+    size = models.num_bytes(saved["server"]["weights"])
+    late = 5 - len(saved["server"]["teachers"])
+    sent = 5 * (size + models.num_bytes(saved["after"]["generator"]))
+    assert late > 0 and len(saved["after"]["late"]) == late
+    assert entries[-1]["download_mb"] == pytest.approx((3 * size + sent) / 1e6)
+    assert result(plain_apfl)["download_mb"] == pytest.approx((6 * size + sent) / 1e6)
+
+
+def test_final_accuracies_are_those_of_the_saved_models(tmp_path):
+    last = go(tmp_path, "--method", "apfl", *FEW, *DROPOUT, "--beta", "0.3")[-1]
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    experiment = run.prepare_experiment(config(tmp_path))
+    x = data.standardise(experiment.data.x_test, *experiment.statistics)
+    labels, right = experiment.data.y_test, {}
+    for k in range(6):
+        own = saved["after"]["late"][5] if k == 5 else saved["server"]["teachers"][k]["weights"]
+        friend = saved["after"]["friends"][k]
+        for kind, state in (("client", own), ("friend", friend), ("personalised", {
+                name: 0.3 * own[name] + 0.7 * friend[name] for name in own})):
+            net = models.build("cnn", 1, 10).eval()
+            net.load_state_dict(state)
+            with torch.no_grad():
+                right[kind, k] = (net(x).argmax(1) == labels).double()
+    for kind in ("client", "friend", "personalised"):
+        whole = [100 * right[kind, k].mean().item() for k in range(6)]
+        assert last[f"{kind}_accuracy"] == pytest.approx(sum(whole[:5]) / 5, abs=0.06)
+        assert last[f"dropout_{kind}_accuracy"] == pytest.approx(whole[5], abs=0.3)
+        own = 100 * right[kind, 5][experiment.test_shares[5]].mean().item()
+        assert last[f"dropout_{kind}_personal_accuracy"] == pytest.approx(own, abs=1.5)
+    by_class = [100 * right["personalised", 5][labels == c].mean().item() for c in range(10)]
+    seen, unseen = sum(by_class[:8]) / 8, sum(by_class[8:]) / 2
+    assert last["seen_accuracy"] == pytest.approx(seen, abs=0.4)
+    assert last["unseen_accuracy"] == pytest.approx(unseen, abs=1.5)
+    assert last["harmonic_accuracy"] == pytest.approx(
+        2 * last["seen_accuracy"] * last["unseen_accuracy"]
+        / max(1e-9, last["seen_accuracy"] + last["unseen_accuracy"]))
+
+
+def test_harmonic_accuracy_of_known_predictions():
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    experiment = baselines.Experiment(
+        {}, run.METHODS["apfl"], data.Dataset(None, None, None, labels, ["a", "b", "c"]),
+        [baselines.Client(k, None, "cnn") for k in range(2)], dropouts=[1], seen=[0, 1], unseen=[2],
+        test_shares=[torch.tensor([0, 2]), torch.tensor([4, 5])], statistics=None, speeds=[],
+        free={})
+    right = {0: torch.tensor([1, 1, 1, 1, 0, 0]).bool(), 1: torch.tensor([1, 1, 1, 0, 1, 0]).bool()}
+    entry = apfl.accuracies(experiment, right)
+    assert entry["accuracy"] == pytest.approx(100 * 8 / 12)
+    assert entry["personal_accuracy"] == pytest.approx(75)
+    assert entry["dropout_accuracy"] == pytest.approx(100 * 4 / 6)
+    assert entry["dropout_personal_accuracy"] == 50
+    assert (entry["seen_accuracy"], entry["unseen_accuracy"]) == (75, 50)
+    assert entry["harmonic_accuracy"] == pytest.approx(60)
+    apart = apfl.group_accuracies(experiment, right)
+    assert apart["", "accuracy"] == pytest.approx(100 * 4 / 6)
+    assert (apart["", "personal_accuracy"], apart["dropout", "personal_accuracy"]) == (100, 50)
+
+
+def test_the_curve_over_beta_ends_at_the_friend_and_at_the_clients_own_model(plain_apfl,
+                                                                            monkeypatch):
+    monkeypatch.setattr(apfl, "BETA_TEST_IMAGES", 1000)  # more than there are: all
+    experiment = run.prepare_experiment(config(plain_apfl))._replace(
+        watch=lambda items, what, unit: items)
+    saved = torch.load(plain_apfl / "checkpoint.pt", weights_only=True)
+    curves = apfl.beta_curves(experiment, saved["server"], saved["after"], [0.0, 0.1, 1.0],
+                              run.predicted_right)
+    last = lines(plain_apfl)[-1]
+    for name in ("accuracy", "personal_accuracy"):
+        ends = [last[f"{kind}_{name}"] for kind in ("friend", "personalised", "client")]
+        assert curves["", name] == pytest.approx(ends) and ("dropout", name) not in curves
+
+
+@pytest.mark.parametrize("flags", ["--beta 0.9", "--beta-on friend", "--lambda 0.9",
+                                   "--semantics onehot", "--friend-labels all",
+                                   "--generator-steps 5"])
+def test_an_option_of_apfl_makes_a_difference(flags, tmp_path, plain_apfl):
+    assert go(tmp_path, *APFL, "--rounds", "2", *flags.split())[-1] != lines(plain_apfl)[-1]
+
+
+def test_apfl_works_with_a_resnet_and_with_augmentation(tmp_path):
+    entry, = go(tmp_path, *APFL, "--model", "resnet10", "--rounds", "1", "--augment", "--clients",
+                "2", "--participation", "1", "--train-images", "48")
+    assert entry["accuracy"] == entry["personalised_accuracy"]
+
+
+# --------------------------------------------------------------------------- the dropout setting
+
+
+def test_of_dropout_clients_images_nothing_reaches_the_global_model(tmp_path):
+    arrays = dict(np.load(few_digits()))
+    gone = arrays["y_train"] >= 8
+    noise = np.random.default_rng(0).integers(256, size=arrays["x_train"].shape, dtype=np.uint8)
+    states = []
+    for name, images in (("plain", arrays["x_train"]),
+                         ("noise", np.where(gone[:, None, None], noise, arrays["x_train"]))):
+        np.savez(tmp_path / f"{name}.npz", **(arrays | {"x_train": images}))
+        go(tmp_path / name, "--method", "apfl", *FEW, *DROPOUT, "--dataset",
+           str(tmp_path / f"{name}.npz"))
+        states.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True))
+    plain, noisy = states
+    assert all(torch.equal(a, b) for part in ("weights", "teachers") for a, b in zip(
+        models.tensors_in(plain["server"][part]), models.tensors_in(noisy["server"][part])))
+    assert all(torch.equal(a, b) for a, b in zip(models.tensors_in(plain["after"]["generator"]),
+                                                 models.tensors_in(noisy["after"]["generator"])))
+    assert not torch.equal(plain["after"]["late"][5]["classifier.fc.weight"],
+                           noisy["after"]["late"][5]["classifier.fc.weight"])
+    assert sorted(plain["server"]["teachers"]) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedavg-ft", "local", "fedprox"])
+def test_every_method_reports_on_dropout_clients(method, tmp_path):
+    last = go(tmp_path, "--method", method, *DROPOUT)[-1]
+    assert {"seen_accuracy", "unseen_accuracy", "harmonic_accuracy", "dropout_accuracy",
+            "dropout_personal_accuracy"} <= last.keys()
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    if method == "local":  # who trains alone has nothing to drop out from
+        assert sorted(saved["memory"]) == list(range(6))
+    if method == "fedavg-ft":  # the dropout client learns its two classes, and forgets the others
+        assert sorted(saved["after"]["late"]) == list(range(6))
+        assert last["unseen_accuracy"] > last["seen_accuracy"]
+    if method in ("fedavg", "fedprox"):
+        assert last["unseen_accuracy"] == 0
+
+
+def test_dropout_clients_are_never_drawn():
+    settings = run.resolve({"clients": 10, "participation": 1.0, "missing_classes": 0.4})
+    experiment = run.prepare_experiment(settings)
+    assert experiment.dropouts == [8, 9]
+    assert run.draw_participants(experiment, 1) == list(range(8))
+    experiment = run.prepare_experiment(settings | {"participation": 0.5, "missing_classes": 0.2})
+    drawn = [run.draw_participants(experiment, t) for t in range(1, 40)]
+    assert all(len(chosen) == 5 and 9 not in chosen for chosen in drawn)
+    assert {k for chosen in drawn for k in chosen} == set(range(9))
+    assert drawn[2] == participants(experiment.settings, 3, gone=(9,))
+
+
+# ------------------------------------------------------------------------ asynchronous aggregation
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedprox", "apfl"])
+def test_asynchronous_runs_log_the_clock_and_staleness(method, tmp_path):
+    few = FEW if method == "apfl" else []
+    entries = go(tmp_path, *ASYNC, "--method", method, "--rounds", "3", *few)
+    clocks = [entry["clock"] for entry in entries]
+    assert clocks == sorted(clocks) and clocks[0] > 0
+    assert entries[0]["staleness_mean"] < entries[1]["staleness_mean"]
+    settings = config(tmp_path)
+    assert settings["mixing"] == 0.6 and settings["staleness"] == "polynomial"
+    assert "participation" not in settings
+    one_upload = entries[0]["upload_mb"] / 5
+    assert entries[1]["upload_mb"] == pytest.approx(5 * one_upload)
+    assert entries[1]["download_mb"] == pytest.approx(entries[0]["download_mb"])
+
+
+def test_arrivals_follow_the_speeds_of_the_clients(tmp_path):
+    entries = go(tmp_path, *ASYNC, "--method", "fedavg", "--rounds", "3", "--speed-spread", "9")
+    experiment = run.prepare_experiment(config(tmp_path))
+    exponents = data.numpy_stream(0, data.SPEEDS).uniform(size=5)
+    assert experiment.speeds == [9.0 ** exponent for exponent in exponents]
+    times = sorted((24 * n / speed, k) for k, speed in enumerate(experiment.speeds)
+                   for n in range(1, 16))[:15]
+    for t, entry in enumerate(entries, start=1):
+        assert entry["clock"] == pytest.approx(times[5 * t - 1][0])
+    version, received, staleness = 0, dict.fromkeys(range(5), 0), []
+    for _, k in times:
+        staleness.append(version - received[k])
+        version += 1
+        received[k] = version
+    assert [entry["staleness_mean"] for entry in entries] == pytest.approx(
+        [sum(staleness[5 * t:5 * t + 5]) / 5 for t in range(3)])
+
+
+def test_asynchronous_runs_repeat_with_any_workers_and_resume_amid_their_events(tmp_path):
+    flags = [*ASYNC, "--method", "fedavg"]
+    whole = go(tmp_path / "one", *flags, "--rounds", "3", "--workers", "1")
+    assert go(tmp_path / "two", *flags, "--rounds", "3", "--workers", "2") == whole
+    go(tmp_path / "parts", *flags, "--rounds", "2")
+    assert go(tmp_path / "parts", "--resume", "--rounds", "3") == whole
+    assert result(tmp_path / "parts") == result(tmp_path / "one")
+
+
+def test_mixing_zero_never_moves_and_staleness_matters(tmp_path):
+    flags = [*ASYNC, "--method", "fedavg", "--rounds", "2"]
+    still = go(tmp_path / "still", *flags, "--mixing", "0")
+    assert still[0]["accuracy"] == still[1]["accuracy"]
+    runs = [go(tmp_path / kind, *flags, "--staleness", kind)
+            for kind in ("constant", "polynomial", "hinge")]
+    assert runs[0] == runs[2] != runs[1]  # with five clients nobody is beyond the hinge

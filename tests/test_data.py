@@ -132,7 +132,12 @@ CALLS = {
     "check_labels": lambda path: data.check_labels("y", np.arange(2), 2),
     "to_images": lambda path: data.to_images(pixels(2, 4, 4)),
     "first_line": lambda path: data.first_line(ValueError("a\nb")),
+    "choose_images": lambda path: data.choose_images(LABELS, 0, train_images=90, hold_out=True),
+    "proxy_images": lambda path: data.proxy_images("noise", data.read_npz(save(path / "a.npz")),
+                                                   HALVES[0][:0], [], 0),
     "balanced_subset": lambda path: data.balanced_subset(LABELS, 30, numpy_rng()),
+    "share_out": lambda path: data.share_out(data.read_digits(), 3, 0, proxy="holdout"),
+    "on_device": lambda path: data.on_device([LABELS], "cpu"),
     "partition_iid": lambda path: data.partition_iid(LABELS, 4, numpy_rng()),
     "partition_dirichlet": lambda path: data.partition_dirichlet(LABELS, 4, 1, numpy_rng()),
     "partition_pathological": lambda path: data.partition_pathological(LABELS, 4, 2, numpy_rng()),
@@ -142,6 +147,7 @@ CALLS = {
     "share_test": lambda path: data.share_test(LABELS, LABELS, HALVES, numpy_rng()),
     "channel_statistics": lambda path: data.channel_statistics(IMAGES, HALVES[0]),
     "standardise": lambda path: data.standardise(IMAGES, torch.zeros(3, 1, 1), torch.tensor(2)),
+    "preparation": lambda path: data.preparation((torch.zeros(3, 1, 1), torch.tensor(2)))(IMAGES),
     "augment": lambda path: data.augment(IMAGES, torch.zeros(3, 1, 1), torch.tensor(2),
                                          data.Augmentation(), torch_rng()),
     "samples_per_epoch": lambda path: data.samples_per_epoch(11, 5),
@@ -493,6 +499,16 @@ def test_labels_may_be_integers_of_any_type(dtype, tmp_path):
     assert loaded.y_train.dtype == torch.int64 and loaded.y_train.tolist() == labels.tolist()
 
 
+@pytest.mark.parametrize("shape", [(5, 8, 8), (4, 64, 50, 3), (4, 28, 28), (3, 20, 24, 3),
+                                   (3, 31, 33)])
+def test_images_are_resized_as_torchvision_does_it(shape):
+    images = torch.from_numpy(pixels(*shape))
+    channels_first = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
+    expected = torchvision.transforms.functional.resize(channels_first, [SIZE, SIZE],
+                                                        antialias=True)
+    assert torch.equal(data.to_images(images.numpy()), expected)
+
+
 @pytest.mark.parametrize("size", [14, 28, 48, 64])
 def test_images_of_other_sizes_are_resized_upright(size, tmp_path):
     path = save(tmp_path / "a.npz", x_train=quadrants(12, size), x_test=quadrants(6, size))
@@ -647,6 +663,68 @@ def test_a_folder_of_that_name_is_an_error(tmp_path):
 def test_an_unknown_name_lists_the_known_ones(name):
     message = complaint(data.load, name)
     assert f"'{name}'" in message and all(known in message for known in data.DATASETS)
+
+
+# ------------------------------------------------------------------------- which images a run uses
+
+
+def test_images_held_out_for_the_server_are_no_clients():
+    labels = data.load("digits").y_train
+    chosen, held_out = data.choose_images(labels, 0, hold_out=True)
+    assert len(held_out) == 144 and len(chosen) == 1437 - 144  # a tenth
+    assert torch.cat([chosen, held_out]).sort().values.tolist() == list(range(1437))
+    chosen, held_out = data.choose_images(labels, 0, train_images=1400, hold_out=True)
+    assert len(held_out) == 140 and len(chosen) == 1400 - (140 - 37)
+    assert not set(chosen.tolist()) & set(held_out.tolist())
+    assert data.choose_images(labels, 0, train_images=1400)[1].tolist() == []
+    assert "1438 is more than the 1437" in complaint(
+        lambda: data.choose_images(labels, 0, train_images=1438))
+
+
+@pytest.mark.parametrize("options", [
+    {"partition": "iid"}, {"alpha": 0.3}, {"partition": "pathological", "classes_per_client": 3},
+    {"missing_classes": 0.2}, {"train_images": 300}])
+def test_sharing_out_is_its_partition_with_the_streams_of_the_seed(options):
+    digits, seed = data.load("digits"), 5
+    shared = data.share_out(digits, 10, seed, **options)
+    rows = data.choose_images(digits.y_train, seed, train_images=options.get("train_images"))[0]
+    labels, rng = digits.y_train[rows], data.numpy_stream(seed, data.PARTITION)
+    assert torch.equal(shared.data.x_train, digits.x_train[rows])
+    gone = []
+    if "missing_classes" in options:
+        parts, gone = data.partition_dropout(labels, 10, 0.2, rng)
+    elif options.get("partition") == "iid":
+        parts = data.partition_iid(labels, 10, rng)
+    elif options.get("partition") == "pathological":
+        parts = data.partition_pathological(labels, 10, 3, rng)
+    else:
+        parts = data.partition_dirichlet(labels, 10, options.get("alpha", 0.5), rng)
+    assert all(map(torch.equal, shared.parts, parts)) and shared.dropouts == gone
+    assert shared.unseen == ([8, 9] if gone else []) and shared.proxy is None
+    assert shared.seen == [label for label in range(10) if label not in shared.unseen]
+    there = torch.cat([part for k, part in enumerate(parts) if k not in gone])
+    assert all(map(torch.equal, shared.statistics,
+                   data.channel_statistics(shared.data.x_train, there)))
+    tested = data.share_test(digits.y_test, labels, parts, data.numpy_stream(seed,
+                                                                             data.TEST_SHARES))
+    assert all(map(torch.equal, shared.test_parts, tested))
+
+
+def test_a_proxy_is_as_large_as_it_may_be_and_of_the_images_channels(monkeypatch):
+    digits = data.load("digits")
+    monkeypatch.setattr(data, "PROXY_IMAGES", 50)
+    for proxy in data.PROXIES:
+        images = data.share_out(digits, 3, 0, proxy=proxy, train_images=300).proxy
+        assert images.shape == (50, 1, SIZE, SIZE) and images.dtype == torch.uint8
+
+
+def test_moving_keeps_the_nest_and_reaches_every_tensor():
+    shared = data.share_out(data.load("digits"), 3, 0)
+    moved = data.on_device(shared, "meta")
+    assert type(moved) is data.Shared and type(moved.data) is data.Dataset
+    assert moved.data.classes == shared.data.classes and moved.seen == shared.seen
+    assert all(tensor.is_meta for tensor in (*moved.parts, *moved.test_parts, *moved.statistics,
+                                             *moved.data[:4]))
 
 
 # --------------------------------------------------------------------------------------- partitions

@@ -74,6 +74,10 @@ def l_diversity_by_hand(x):
     return total / len(x)
 
 
+def load(semantics: str, classes, **options) -> torch.Tensor:
+    return generator.load_semantics(classes, semantics=semantics, **options)
+
+
 def complaint(call, *args, **options) -> str:
     """The message of the ValueError that the call must end in, which must be a single line."""
     with pytest.raises(ValueError) as caught:
@@ -309,10 +313,16 @@ def train(net, teachers, weights=WEIGHTS, seed: int = 7, steps: int = 2, **optio
                                           generator_steps=steps, generator_batch=3, **options))
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """The same code on a generator of few channels."""
+    monkeypatch.setattr(generator, "WIDTHS", (16, 8))
+
+
 @pytest.mark.parametrize("options", [
     {}, {"balance": 0.0}, {"balance": 1.0}, {"balance": 0.2, "lr": 0.01},
     {"balance": 0.8, "per_pixel": True}])
-def test_training_is_adam_on_equation_9_written_out(options):
+def test_training_is_adam_on_equation_9_written_out(options, narrow):
     net, teachers = small_generator(), [small_teacher(seed).eval() for seed in range(2)]
     by_hand = copy.deepcopy(net).train()
     balance, lr = options.get("balance", 0.5), options.get("lr", 0.001)
@@ -331,7 +341,7 @@ def test_training_is_adam_on_equation_9_written_out(options):
         optimizer.step()
 
 
-def test_training_generates_only_classes_that_a_teacher_can_judge():
+def test_training_generates_only_classes_that_a_teacher_can_judge(narrow):
     net, teachers = small_generator(), [small_teacher(seed) for seed in range(3)]
     labels, rows = [], [[] for _ in teachers]
     net.register_forward_pre_hook(lambda module, args: labels.append(args[1]))
@@ -342,7 +352,7 @@ def test_training_generates_only_classes_that_a_teacher_can_judge():
     assert rows == [[6, 6], [9, 9], []]
 
 
-def test_training_leaves_teachers_as_they_are_but_frozen():
+def test_training_leaves_teachers_as_they_are_but_frozen(narrow):
     teachers = [small_teacher(seed).train() for seed in range(2)]
     before = [models.copy_state(teacher) for teacher in teachers]
     train(small_generator(), teachers)
@@ -353,7 +363,7 @@ def test_training_leaves_teachers_as_they_are_but_frozen():
                    for parameter in teacher.parameters())
 
 
-def test_training_repeats_itself_and_leaves_the_global_generator_alone():
+def test_training_repeats_itself_and_leaves_the_global_generator_alone(narrow):
     teachers, before = [small_teacher(seed) for seed in range(2)], torch.get_rng_state()
     nets = [small_generator() for _ in range(3)]
     first, again, other = (train(net, teachers, seed=seed) for net, seed in zip(nets, (1, 1, 2)))
@@ -363,7 +373,7 @@ def test_training_repeats_itself_and_leaves_the_global_generator_alone():
     assert not same(nets[0].state_dict(), nets[2].state_dict())
 
 
-def test_training_teaches_the_teachers_classes_and_ends_in_evaluation_mode():
+def test_training_teaches_the_teachers_classes_and_ends_in_evaluation_mode(narrow):
     net, teachers = small_generator(), [small_teacher(seed) for seed in range(2)]
     semantics = net.semantics.clone()
     losses = [l_cls for l_cls, _ in train(net, teachers, steps=30, per_pixel=True)]
@@ -425,7 +435,7 @@ def test_segments_are_those_of_a_seven_segment_display():
     expected = np.array([[int(bit) for bit in digit] for digit in LIT.split()])
     np.testing.assert_array_equal(generator.segment_table(DIGITS), expected)
     np.testing.assert_array_equal(generator.segment_table(["7", "0"]), expected[[7, 0]])
-    message = complaint(generator.load_semantics, "segments", ["0", "ship"])
+    message = complaint(load, "segments", ["0", "ship"])
     assert "'ship'" in message and "--semantics" in message
 
 
@@ -440,16 +450,16 @@ def test_every_table_becomes_standardised_embeddings_of_the_classes(tmp_path):
     numbers = rng.normal(size=(3, 4))
     vectors = write_vectors(tmp_path / "v.txt", dict(zip(animals, numbers)))
     np.savez(tmp_path / "own.npz", classes=animals, embeddings=numbers)
-    np.savez(tmp_path / "cache.npz", embeddings=numbers,
-             classes=[f"a photo of a {animal}." for animal in animals])
-    load = generator.load_semantics
+    for name in ("clip-zoo", "bert-zoo"):  # what they gave before
+        np.savez(tmp_path / f"{name}.npz", embeddings=numbers,
+                 classes=[f"a photo of a {animal}." for animal in animals])
     for table, embeddings in [
             (load("onehot", animals), np.eye(3)),
             (load("segments", DIGITS), generator.segment_table(DIGITS)),
             (load("word2vec", animals, word_vectors=vectors), numbers),
             (load(str(tmp_path / "own.npz"), animals), numbers),
-            (load("clip", animals, cache=tmp_path / "cache.npz"), numbers),
-            (load("bert", animals, cache=tmp_path / "cache.npz"), numbers)]:
+            (load("clip", animals, dataset="zoo.npz", data_dir=tmp_path), numbers),
+            (load("bert", animals, dataset="a/zoo.npz", data_dir=tmp_path), numbers)]:
         assert table.dtype == torch.float32 and table.shape == embeddings.shape
         torch.testing.assert_close(table, generator.standardise_embeddings(embeddings))
 
@@ -486,7 +496,7 @@ def test_embeddings_of_any_number_type_are_standardised_in_double_precision(kind
     path, whole = tmp_path / "embeddings.npz", np.random.default_rng(0).integers(100, 120, (3, 4))
     expected = generator.standardise_embeddings(whole.astype(np.float64))
     np.savez(path, classes=ANIMALS, embeddings=whole.astype(kind))
-    assert torch.equal(generator.load_semantics(str(path), ANIMALS), expected)
+    assert torch.equal(load(str(path), ANIMALS), expected)
 
 
 def spoilt(number: float) -> np.ndarray:
@@ -514,24 +524,24 @@ def spoilt(number: float) -> np.ndarray:
 def test_wrong_embeddings_are_an_error_that_names_the_file(arrays, words, tmp_path):
     path = tmp_path / "wrong.npz"
     np.savez(path, **arrays)
-    message = complaint(generator.load_semantics, str(path), ANIMALS)
+    message = complaint(load, str(path), ANIMALS)
     assert words in message and str(path) in message
 
 
 def test_broken_files_are_an_error_that_names_the_file(tmp_path):
     path = tmp_path / "broken.npz"
-    assert "no file" in complaint(generator.load_semantics, str(path), ANIMALS)
+    assert "no file" in complaint(load, str(path), ANIMALS)
     np.savez(path, classes=ANIMALS, embeddings=NUMBERS)
     whole = path.read_bytes()
     np.save(tmp_path / "array.npy", NUMBERS)
     for content in (whole[:len(whole) // 2], whole[:-1], b"", b"cat 0.1 0.2\n",
                     (tmp_path / "array.npy").read_bytes()):
         path.write_bytes(content)
-        message = complaint(generator.load_semantics, str(path), ANIMALS)
+        message = complaint(load, str(path), ANIMALS)
         assert str(path) in message and "numpy.savez" in message
     folder = tmp_path / "folder.npz"
     folder.mkdir()
-    assert str(folder) in complaint(generator.load_semantics, str(folder), ANIMALS)
+    assert str(folder) in complaint(load, str(folder), ANIMALS)
 
 
 @pytest.mark.parametrize("name", ["classes", "embeddings"])
@@ -539,7 +549,7 @@ def test_embeddings_are_never_unpickled(name, tmp_path):
     path, sprung = tmp_path / "pickle.npz", tmp_path / "sprung"
     trap = np.full(3, Trap(sprung), dtype=object)
     np.savez(path, **{"classes": ANIMALS, "embeddings": NUMBERS} | {name: trap})
-    assert str(path) in complaint(generator.load_semantics, str(path), ANIMALS)
+    assert str(path) in complaint(load, str(path), ANIMALS)
     assert not sprung.exists()
     with np.load(path, allow_pickle=True) as archive:
         archive[name]
@@ -548,7 +558,7 @@ def test_embeddings_are_never_unpickled(name, tmp_path):
 
 def test_an_unknown_source_is_an_error_that_lists_the_choices():
     for semantics in ("CLIP", "embeddings.npy", ""):
-        message = complaint(generator.load_semantics, semantics, ANIMALS)
+        message = complaint(load, semantics, ANIMALS)
         assert f"'{semantics}'" in message
         assert all(choice in message for choice in ("clip", "bert", "word2vec", "onehot",
                                                     "segments", ".npz"))
@@ -609,16 +619,16 @@ def test_words_are_looked_up_as_they_are_before_their_lower_case(tmp_path):
 def test_wrong_word_vectors_are_an_error_that_names_the_file(content, words, tmp_path):
     path = tmp_path / "vectors.txt"
     path.write_bytes(content)
-    message = complaint(generator.load_semantics, "word2vec", ["cat", "dog", "tree frog"],
+    message = complaint(load, "word2vec", ["cat", "dog", "tree frog"],
                         word_vectors=str(path))
     assert words in message and str(path) in message
 
 
 def test_word_vectors_that_are_not_there_are_an_error(tmp_path):
     for path in (tmp_path / "none.txt", tmp_path):
-        message = complaint(generator.load_semantics, "word2vec", ANIMALS, word_vectors=str(path))
+        message = complaint(load, "word2vec", ANIMALS, word_vectors=str(path))
         assert str(path) in message
-    assert "--word-vectors" in complaint(generator.load_semantics, "word2vec", ANIMALS)
+    assert "--word-vectors" in complaint(load, "word2vec", ANIMALS)
     path = write_vectors(tmp_path / "vectors.txt", {"cat": [1, 2]})
     assert "'?'" in complaint(generator.read_word_vectors, path, ["cat", "?"])  # no word at all
 
@@ -651,15 +661,11 @@ def test_what_an_encoder_gives_is_kept_for_the_next_time(tmp_path):
     assert len(prompts) == 2 and len(prompts[1]) == 2
     np.testing.assert_array_equal(generator.encode_with_cache(refuse, ["cat", "ship"], cache),
                                   NUMBERS[:2])
-    generator.encode_with_cache(encode, ["cat"], None)
-    generator.encode_with_cache(encode, ["cat"], None)
-    assert len(prompts) == 4
 
 
 def test_semantics_are_the_same_bits_fresh_and_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(generator, "clip_embeddings", lambda texts: NUMBERS)
-    fresh, kept = (generator.load_semantics("clip", ANIMALS, cache=tmp_path / "clip.npz")
-                   for _ in range(2))
+    fresh, kept = (load("clip", ANIMALS, data_dir=tmp_path) for _ in range(2))
     assert NUMBERS.dtype == np.float32 and torch.equal(fresh, kept)
 
 
@@ -671,7 +677,7 @@ def test_another_prompt_is_encoded_anew(tmp_path, monkeypatch):
     np.testing.assert_array_equal(again, 2 * NUMBERS)
 
 
-def test_encoders_are_kept_from_logging_and_from_the_global_generator(caplog):
+def test_encoders_are_kept_from_logging_and_from_the_global_generator(caplog, tmp_path):
     def encode(texts):
         logging.getLogger("hub").error("again in 8 s")
         torch.randn(3)
@@ -681,8 +687,9 @@ def test_encoders_are_kept_from_logging_and_from_the_global_generator(caplog):
         raise ValueError("no connection")
 
     before = torch.get_rng_state()
-    generator.encode_with_cache(encode, ANIMALS, None)
-    assert complaint(generator.encode_with_cache, fail, ANIMALS, None) == "no connection"
+    generator.encode_with_cache(encode, ANIMALS, tmp_path / "clip.npz")
+    assert complaint(generator.encode_with_cache, fail, ANIMALS,
+                     tmp_path / "bert.npz") == "no connection"
     assert torch.equal(torch.get_rng_state(), before) and not caplog.records
     logging.getLogger("own").error("heard again")
     assert [record.message for record in caplog.records] == ["heard again"]
@@ -762,7 +769,7 @@ def test_bert_embeddings_are_means_over_the_tokens_of_each_text(tmp_path):
 
 def test_bert_without_its_package_is_an_error_that_tells_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    message = complaint(generator.load_semantics, "bert", ANIMALS)
+    message = complaint(load, "bert", ANIMALS)
     assert "pip install transformers" in message and "--semantics" in message
 
 
@@ -782,12 +789,13 @@ def lit_quadrants(seed: int) -> torch.Tensor:
     return (x - x.mean()) / x.std()
 
 
-def trained_cnn(x, y, seed: int) -> nn.Module:
+def trained_classifier(x, y, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = models.CNN(1, 16)
-    optimizer, rng = torch.optim.Adam(net.parameters(), lr=1e-3), random(seed)
-    for _ in range(60):
+        net = nn.Sequential(nn.Conv2d(1, 8, 5, stride=2), nn.ReLU(), nn.MaxPool2d(2),
+                            nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 16))
+    optimizer, rng = torch.optim.Adam(net.parameters(), lr=3e-3), random(seed)
+    for _ in range(100):
         rows = torch.randint(len(y), (50,), generator=rng)
         optimizer.zero_grad()
         F.cross_entropy(net(x[rows]), y[rows]).backward()
@@ -801,7 +809,8 @@ def classifiers(seed: int):
     x, order = lit_quadrants(seed), torch.randperm(16, generator=random(seed))
     seen, unseen = order[:12], order[12:]
     rows = torch.isin(LABELS, seen)
-    return seen, unseen, trained_cnn(x[rows], LABELS[rows], seed), trained_cnn(x, LABELS, seed + 50)
+    return (seen, unseen, trained_classifier(x[rows], LABELS[rows], seed),
+            trained_classifier(x, LABELS, seed + 50))
 
 
 def accuracy_on_unseen_classes(seed: int, attributes) -> float:
@@ -811,8 +820,8 @@ def accuracy_on_unseen_classes(seed: int, attributes) -> float:
     net = generator.initial_generator(semantics, 1, 20, random(seed))
     weights = torch.zeros(1, 16)
     weights[0, seen] = 1
-    for _ in generator.train_generator(net, [teacher], weights, random(seed), generator_steps=40,
-                                       generator_batch=4, per_pixel=True):
+    for _ in generator.train_generator(net, [teacher], weights, random(seed), generator_steps=60,
+                                       generator_batch=4, per_pixel=True, lr=2e-3):
         pass
     y = unseen.repeat_interleave(50)
     with torch.no_grad():
@@ -828,9 +837,11 @@ def deranged(seed: int) -> torch.Tensor:
     return ATTRIBUTES[order]
 
 
-def test_unseen_classes_are_generated_from_their_attributes():
-    assert accuracy_on_unseen_classes(0, ATTRIBUTES) >= 0.6
+@pytest.mark.parametrize("seed", [0, 1])
+def test_unseen_classes_are_generated_from_their_attributes(seed, narrow):
+    assert accuracy_on_unseen_classes(seed, ATTRIBUTES) >= 0.6
 
 
-def test_unseen_classes_are_not_generated_from_other_classes_attributes():
-    assert accuracy_on_unseen_classes(0, deranged(0)) <= 0.1
+@pytest.mark.parametrize("seed", [0, 1])
+def test_unseen_classes_are_not_generated_from_other_classes_attributes(seed, narrow):
+    assert accuracy_on_unseen_classes(seed, deranged(seed)) <= 0.1

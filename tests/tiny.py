@@ -1,7 +1,13 @@
-"""A network, a client and random streams small enough to check a whole client update by hand."""
+"""A network, a client and random streams small enough to check a whole client update by hand.
 
-from functools import partial
+And, for runs through the command line, a data set so small that they take a second.
+"""
 
+import atexit
+from functools import cache, partial
+from tempfile import TemporaryDirectory
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -53,3 +59,18 @@ sgd = partial(fresh, torch.optim.SGD, lr=0.1)
 def same(a: dict, b: dict) -> bool:
     """Whether two state dicts are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@cache
+def few_digits() -> str:
+    """The path of an .npz of 400 training and 80 test digits, on which evaluation takes no time."""
+    digits, folder = data.read_digits(), TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    parts = {}
+    for part, images, labels, count in (("train", digits.x_train, digits.y_train, 400),
+                                        ("test", digits.x_test, digits.y_test, 80)):
+        rows = data.balanced_subset(labels, count, np.random.default_rng(0))
+        parts |= {f"x_{part}": images[rows, 0].numpy(), f"y_{part}": labels[rows].numpy()}
+    path = f"{folder.name}/few-digits.npz"
+    np.savez(path, classes=digits.classes, **parts)
+    return path

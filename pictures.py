@@ -1,0 +1,193 @@
+"""What a run shows of its numbers: pictures, and on the terminal a table and the result.
+
+Every function takes numbers and tensors, so they can be had from saved files too.
+"""
+
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+SHEET_ROWS = 26  # classes in a column of a sheet of samples
+DPI = 120
+
+# ----------------------------------------------------------------------------------------- pictures
+
+def new_figure(width: float, height: float):
+    """An empty figure of so many inches; matplotlib is loaded when the first is made."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_curves(path: Path, history: Sequence[Mapping], title: str) -> None:
+    """A picture of accuracy and loss against rounds, of asynchronous runs against the clock too.
+
+    history: the lines of metrics.jsonl
+    Accuracies after the stages that follow the last round are marks of their own.
+    """
+    figure = new_figure(9, 3.6)
+    left, right = figure.subplots(1, 2)
+    rounds, last = [entry["round"] for entry in history], history[-1]
+    marker = "o" if len(rounds) <= 30 else None
+    shown = [("accuracy", "whole test set", "C0"), ("personal_accuracy", "own share of it", "C1")]
+    if "full_accuracy" in last:
+        shown.append(("full_accuracy", "whole test set, whole network", "C2"))
+    for name, label, colour in shown:
+        left.plot(rounds, [entry.get(f"global_{name}", entry[name]) for entry in history],
+                  marker=marker, markersize=3, label=label, color=colour)
+        if "global_accuracy" in last:
+            left.plot(rounds[-1], last[name], "*", markersize=10, color=colour, clip_on=False,
+                      label=f"{label}, at the end")
+    right.plot(rounds, [entry["loss"] for entry in history], marker=marker, markersize=3,
+               label="training images", color="C3")
+    left.set(xlabel="round", ylabel="accuracy, %")
+    right.set(xlabel="round", ylabel="cross entropy")
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if "staleness_mean" in last:
+            axes.set_xlim(0, rounds[-1])  # where the two scales can be told apart from margins
+            clock = [0.0, *(entry["clock"] for entry in history)]
+            above = axes.secondary_xaxis("top", functions=(
+                partial(np.interp, xp=[0, *rounds], fp=clock),
+                partial(np.interp, xp=clock, fp=[0, *rounds])))
+            above.set_xlabel("virtual clock")
+    figure.suptitle(title, parse_math=False)
+    figure.savefig(path, dpi=DPI)
+
+
+def draw_samples(path: Path, images: Tensor, names: Sequence[str], seen: Sequence[bool],
+                 title: str) -> None:
+    """A sheet of images, a row a class; classes that are not seen are marked.
+
+    images: (classes, samples, C, H, W) uint8
+    """
+    samples, size = images.shape[1], images.shape[3]
+    strips = images.permute(0, 3, 1, 4, 2).reshape(len(names), size, samples * size, -1)
+    starts = range(0, len(names), SHEET_ROWS)
+    figure = new_figure(5.5 * len(starts), 0.8 + 0.45 * min(SHEET_ROWS, len(names)))
+    for axes, start in zip(figure.subplots(1, len(starts), squeeze=False)[0], starts):
+        block = strips[start:start + SHEET_ROWS]
+        axes.imshow(block.flatten(0, 1).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
+        axes.set_xticks([])
+        shown = range(start, start + len(block))
+        axes.set_yticks([(row + 0.5) * size for row in range(len(block))], [
+            names[label] + ("" if seen[label] else " (unseen)") for label in shown],
+            parse_math=False)
+        for label, tick in zip(shown, axes.get_yticklabels()):
+            tick.set_color("black" if seen[label] else "C3")
+    figure.suptitle(title, parse_math=False)
+    figure.savefig(path, dpi=DPI)
+
+
+def draw_beta(path: Path, betas: Sequence[float], curves: Mapping[tuple[str, str], Sequence[float]],
+              used: float, title: str) -> None:
+    """Accuracy of interpolated models against beta of AP-FL's Eq. 10 as printed, 0 to 1.
+
+    curves: (whose, "accuracy" or "personal_accuracy") -> percent at each beta; whose: "" are the
+        clients that take part, "dropout" the others, if any
+    used: the beta of the run
+    """
+    figure = new_figure(5.5, 3.8)
+    axes = figure.subplots()
+    for (group, name), values in curves.items():
+        axes.plot(betas, values, marker="o", markersize=3,
+                  linestyle="--" if group else "-", color="C0" if name == "accuracy" else "C1",
+                  label=("whole test set" if name == "accuracy" else "own share of it")
+                  + (f", {group or 'client'}s" if ("dropout", name) in curves else ""))
+    axes.axvline(used, color="gray", linewidth=1, linestyle=":", label=f"this run, {used:g}")
+    axes.set(xlabel="beta, the weight of the client's model (0: friend model)",
+             ylabel="accuracy, %")
+    axes.set_title(title, parse_math=False)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=DPI)
+
+
+# ------------------------------------------------------------------------------------- the terminal
+
+def watch(items: Iterable | None, what: str | None, unit: str, total: int | None = None,
+          **options: object) -> tqdm:
+    """The same items, with a progress bar on standard output; standard error holds errors alone."""
+    return tqdm(items, what, total, unit=f" {unit}", file=sys.stdout, **options)
+
+
+def table(rows: Sequence[Sequence[str]], widths: Sequence[int]) -> str:
+    """Columns of these widths, each row of as many lines as its cells need."""
+    lines = []
+    for row in rows:
+        cells = [textwrap.wrap(cell, width, break_on_hyphens=False)
+                 for cell, width in zip(row, widths)]
+        lines += ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths)).rstrip()
+                  for line in zip_longest(*cells, fillvalue="")] + [""]
+    return "\n".join(lines)
+
+
+def partition_table(counts: Sequence[Sequence[int]], archs: Sequence[str], names: Sequence[str],
+                    unseen: Sequence[str] = (), dropouts: Sequence[int] = ()) -> str:
+    """Client x class counts as a table where it fits on a screen, else the range of sizes.
+
+    counts: of each client its images by class;  archs: its network;  names: of the classes
+    dropouts: clients that do not take part;  unseen: classes that they alone hold
+    """
+    notes, sizes = [], [sum(row) for row in counts]
+    if dropouts:
+        notes.append(f"dropout clients: {', '.join(map(str, dropouts))}, which alone hold "
+                     + ", ".join(unseen))
+    without = sum(not any(column) for column in zip(*counts))
+    if without:
+        notes.append(f"{without} of {len(names)} classes are with no client (more --clients hold "
+                     "more), and their images are left out")
+    if len(counts) > 20 or len(names) > 12:
+        return "\n".join([f"images a client: {min(sizes)} to {max(sizes)}, mean "
+                          f"{sum(sizes) / len(sizes):.0f}", *notes])
+    width = max(10, 1 + max(map(len, archs)))
+    lines = [f"client  {'network':{width}}{'images':>7}" + "".join(
+        f"{name[:6]:>7}" for name in names)]
+    for client, (row, arch, total) in enumerate(zip(counts, archs, sizes)):
+        cells = "".join(f"{n or '.':>7}" for n in row)
+        lines.append(f"{client:>6}  {arch:{width}}{total:>7}{cells}")
+    return "\n".join(lines + notes)
+
+
+def result_text(result: Mapping) -> str:
+    """The content of result.json as sentences."""
+    lines = []
+    for prefix, whose in (("", ""), ("dropout_", "dropout clients' ")):
+        for kind in ("client", "friend", "personalised"):
+            name = f"{prefix}{kind}"
+            if f"{name}_accuracy" in result:
+                own = result[f"{name}_personal_accuracy"]  # None without test images of their own
+                lines.append(f"{whose}{kind} models: {result[f'{name}_accuracy']:.2f} % of the "
+                             "whole test set, " + ("-" if own is None else f"{own:.2f} %")
+                             + " of their own share of it")
+    if "harmonic_accuracy" in result:
+        lines.append(f"dropout clients: {result['seen_accuracy']:.2f} % of the seen classes, "
+                     f"{result['unseen_accuracy']:.2f} % of the unseen ones, harmonic mean "
+                     f"{result['harmonic_accuracy']:.2f} %")
+    last = result.get("global_accuracy", result["accuracy"])
+    rounds = (f"{last:.2f} % after {result['rounds']} rounds (best {result['best_accuracy']:.2f} % "
+              f"in round {result['best_round']}, mean of the last ten evaluations "
+              f"{result['last10_accuracy']:.2f} %)")
+    if "global_accuracy" in result:
+        lines.append(f"accuracy {result['accuracy']:.2f} %; of the global model {rounds}")
+    else:
+        lines.append(f"accuracy {rounds}")
+    if "full_accuracy" in result:
+        lines.append(f"of the whole network: {result['full_accuracy']:.2f} %")
+    lines.append(f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} training images a "
+                 f"second, {result['upload_mb']:.1f} MB sent up and {result['download_mb']:.1f} MB "
+                 "down")
+    stages = [f"{name} {result[f'{name}_seconds']:.0f} s"
+              for name in ("late", "generator", "friends") if f"{name}_seconds" in result]
+    if stages:
+        lines.append(f"stages after the last round: {', '.join(stages)}")
+    return "\n".join(lines)
