@@ -322,10 +322,7 @@ def stage_traffic(experiment: Experiment, server: dict, after: Mapping) -> float
 # ------------------------------------------------------------- accuracies, of dropout clients apart
 
 def accuracies(experiment: Experiment, right: Mapping[int, Tensor]) -> dict:
-    """Accuracies in percent over all clients, and in the dropout setting of dropout clients.
-
-    right: client -> which test images its model gets right, (N,) bool
-    """
+    """Accuracies in percent over all clients, and of dropout clients; see share_accuracies."""
     entry = share_accuracies(right, experiment.test_shares)
     if experiment.dropouts:
         of_dropouts = {k: right[k] for k in experiment.dropouts}
@@ -425,7 +422,7 @@ FLAGS = [
     Flag("semantics", str, "A(y), Eq. 11: an encoder's, or classes and embeddings of an .npz",
          choices=SEMANTICS, file=".npz"),
     Flag("word_vectors", str, "of --semantics word2vec: a text file, a word and its numbers a line",
-         when={"semantics": ["word2vec"]}, metavar="FILE"),
+         when={"semantics": ["word2vec"]}),
     Flag("friend_labels", str, "labels of synthetic samples: as the client's own are distributed "
          "(Sec. 3.2), or every class alike", choices=("local", "all")),
     Flag("noise_dim", int, "length of z, Fig. 5", low=1),

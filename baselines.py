@@ -123,7 +123,8 @@ AGGREGATIONS = {"layerwise": layerwise_average, "per-architecture": per_architec
 class Method(NamedTuple):
     """A method's functions, what is said of it, and the flags that it reads.
 
-    Keyword-only arguments of the functions are filled in from the flags of the same names.
+    Keyword-only arguments of the functions are filled in from the flags of the same names.  Stages
+    come after the last round, in order; after holds the outcomes of those before, by name.
     """
 
     paper: str
@@ -139,13 +140,11 @@ class Method(NamedTuple):
     averages: tuple[str, ...]  # values of --aggregation
     # And where a method has such a thing:
     initial_memory: Callable | None = None  # (server, client) -> kept, at first
-    assign: Callable | None = None  # (client, architectures, stream) -> client with that of a round
-    distil: Callable | None = None  # (server, updates, build, stream, *, ...) -> server
-    stages: Mapping[str, Callable] = {}  # after the last round, by name and in order:
-    #           (experiment, server, after, *, ...) -> outcome; after: those of the stages before
+    assign: Callable | None = None  # (client, architectures, stream) -> client, with a round's own
+    distil: Callable | None = None  # (server, updates, build, stream, *, ...) -> server, trained
+    stages: Mapping[str, Callable] = {}  # name -> (experiment, server, after, *, ...) -> outcome
     personalise: Callable | None = None  # (own, friend, *, ...) -> weights
-    further_traffic: Callable | None = None  # (net, image, *, ...) -> tensors as large as what is
-    #           sent and received besides the download, from round 2 on
+    further_traffic: Callable | None = None  # (net, image, *, ...) -> tensors sent besides weights
     architectures: Callable = tuple  # what becomes of the networks of --model
     has_server: bool = True  # False: clients train alone, and cannot drop out of anything
     instead: Mapping[str, str] = {}  # flag that is not read -> what the method does in its place
@@ -257,8 +256,7 @@ def fedavg_server_update(server: dict, updates: Mapping[int, Update], *,
     uniform: see models.average
     rule: what makes new weights of old ones and uploads, if not average itself
     """
-    weights = aggregation(server["weights"],
-                          {k: update.weights for k, update in updates.items()},
+    weights = aggregation(server["weights"], {k: update.weights for k, update in updates.items()},
                           {k: update.num_samples for k, update in updates.items()},
                           uniform=uniform, rule=rule)
     return {**server, "weights": weights}
@@ -326,14 +324,13 @@ def add_proximal_gradient(model: nn.Module, reference: State, mu: float) -> None
         parameter.grad.add_(parameter - reference[name], alpha=mu)
 
 
-# --------------------------------------------------------------------------------------- FedAvg-FT
+# ------------------------------------------------------------------------ FedAvg-FT (of AP-FL)
 
 def train_late(experiment: Experiment, server: dict, after: Mapping, *, local_epochs: int,
                batch_size: int, who: Sequence[Client] | None = None) -> dict[int, State]:
-    """Clients fine-tune the final global model, and keep what comes out: id -> weights.
+    """Clients fine-tune the final global model, as in a round but sending nothing (Sec. 4.1).
 
-    By FedAvg's update, for as many epochs as in a round; nothing is sent (AP-FL, Sec. 4.1).
-    who: these clients; None: all of them
+    who: these clients; None: all of them.  Returns client id -> what it keeps, its weights.
     """
     update = partial(fedavg_client_update, local_epochs=local_epochs, batch_size=batch_size)
     who = experiment.clients if who is None else who
@@ -1073,7 +1070,6 @@ class Flag(NamedTuple):
     high: float = 1e9  # the largest number allowed
     choices: Collection[str] = ()
     file: str = ""  # of the name of a file that may be given instead of a choice: how it ends
-    metavar: str = ""
     when: Mapping[str, Collection[str]] = {}  # read if one of these flags has one of these values,
     unless: Mapping[str, Collection[str]] = {}  # and not if one has one of these
     decides: Mapping[str, Mapping[str, Any]] = {}  # choice, "" for any -> flags that it fixes

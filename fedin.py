@@ -279,18 +279,16 @@ def fedin_further_traffic(net: nn.Module, image: Tensor, *, feature_batch_size: 
 
 # ------------------------------------------------------------------------------- method and flags
 
-ABLATIONS = {  # what each part is set to when it is left out
+ABLATIONS = {  # what leaving a part out sets
     "in": {"feature_batches": 0, "feature_batch_size": 0, "projection": "sum"},
-    "prox": {"mu": 0.0},
-    "opt": {"projection": "sum"},
-}
+    "prox": {"mu": 0.0}, "opt": {"projection": "sum"}}
 
 METHODS = {"fedin": FEDAVG._replace(
     paper="FedIN", sends="weights, features", init=fedin_init, download=fedin_download,
     client_update=fedin_client_update, server_update=fedin_server_update, averages=IN_STEP,
     further_traffic=fedin_further_traffic, defaults=FEDAVG.defaults | {
-        "mu": MU, "noise": 0.0, "projection": "simplified", "feature_batch_size":
-        FEATURE_BATCH_SIZE, "feature_batches": FEATURE_BATCHES, "ablate": []})}
+        "mu": MU, "noise": 0.0, "projection": "simplified", "ablate": [],
+        "feature_batch_size": FEATURE_BATCH_SIZE, "feature_batches": FEATURE_BATCHES})}
 
 FLAGS = [
     Flag("noise", float, "noise on the features, as a multiple of their standard deviation; FedIN "

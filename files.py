@@ -138,20 +138,15 @@ def is_evaluated(t: int, settings: dict) -> bool:
 def append_metrics(path: Path, entry: dict) -> None:
     """Add a line to metrics.jsonl, on the disk when this returns."""
     with open(path, "ab") as file:
-        file.write(to_line(entry))
+        file.write((json.dumps(entry) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
 
 
 def replace_last_line(path: Path, entry: dict) -> None:
     """Put another line in the place of the last one of metrics.jsonl, atomically."""
-    before = path.read_bytes().splitlines(keepends=True)[:-1]
-    write_atomically(path, lambda file: file.writelines([*before, to_line(entry)]))
-
-
-def to_line(entry: dict) -> bytes:
-    """A line of metrics.jsonl."""
-    return (json.dumps(entry) + "\n").encode()
+    lines = [*path.read_bytes().splitlines()[:-1], json.dumps(entry).encode(), b""]
+    write_atomically(path, lambda file: file.write(b"\n".join(lines)))
 
 
 def trim_metrics(path: Path, last_round: int, settings: dict) -> list[dict]:

@@ -18,7 +18,6 @@ lambda      balance       of Eq. 9
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -346,8 +345,13 @@ def encode_with_cache(encode: Callable[[list[str]], np.ndarray], classes: Sequen
         except ValueError:  # of other classes, or damaged: made anew
             pass
     print("encoding the class names, by weights that are downloaded at first use", flush=True)
-    with quiet_and_drawing_nothing():
-        embeddings = encode(texts)
+    # Libraries log retries on standard error, and initialise weights before they load them.
+    logging.disable(logging.CRITICAL)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            embeddings = encode(texts)
+    finally:
+        logging.disable(logging.NOTSET)
     cache.parent.mkdir(parents=True, exist_ok=True)
     temporary = cache.with_suffix(".tmp")
     with open(temporary, "wb") as file:
@@ -356,24 +360,14 @@ def encode_with_cache(encode: Callable[[list[str]], np.ndarray], classes: Sequen
     return embeddings
 
 
-@contextmanager
-def quiet_and_drawing_nothing():
-    """For libraries that log retries on standard error and initialise weights before loading."""
-    logging.disable(logging.CRITICAL)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def clip_embeddings(texts: list[str], *, weights: str = "openai") -> np.ndarray:
-    """CLIP ViT-B/32 text embeddings (texts, 512) of unit length.
+def clip_embeddings(texts: list[str], *, weights: str = "openai",
+                    name: str = "ViT-B-32-quickgelu") -> np.ndarray:
+    """CLIP text embeddings of unit length, by default of ViT-B/32, (texts, 512).
 
     weights: "openai", downloaded at first use, or the path of a checkpoint
+    name: of open_clip's models; this one has the activation that OpenAI's weights know
     Raises ValueError if the weights cannot be had.
     """
-    name = "ViT-B-32-quickgelu"  # the activation that OpenAI's weights were trained with
     try:
         import open_clip
 

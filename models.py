@@ -563,8 +563,8 @@ def share_accuracies(right: Mapping[int, Tensor], shares: Sequence[Tensor]) -> d
 
     right: client -> which test images its model gets right, (N,) bool
     shares: client -> indices of its own test images
-    accuracy: on the whole test set, mean over clients; personal_accuracy: on each client's own
-    share of the test set, weighted by share (None if they have none)
+    accuracy: of the whole test set, mean over clients; personal_accuracy: of each client's own
+    share, weighted by share (None if they have none)
     """
     of_all = sum(int(vector.sum()) for vector in right.values())
     of_own = sum(int(vector[shares[k]].sum()) for k, vector in right.items())

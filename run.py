@@ -53,8 +53,8 @@ COMMON = [  # flags of every method, or of a kind of run
     Flag("method", str, "see --methods", RUN, "fedin", choices=METHODS),
     Flag("dataset", str, "a data set, or the path of your own (README, 'Your own data')", RUN,
          "digits", choices=data.DATASETS, file=".npz"),
-    Flag("setting", str, "fills in what is not given: a run of a minute on digits, FedIN's (Sec. 5.1) "
-         "or AP-FL's (Sec. 4.1)", RUN, By("dataset", {"digits": "quick"}, "fedin"),
+    Flag("setting", str, "fills in what is not given: a run of a minute on digits, FedIN's (Sec. "
+         "5.1) or AP-FL's (Sec. 4.1)", RUN, By("dataset", {"digits": "quick"}, "fedin"),
          choices=("quick", "fedin", "apfl")),
     Flag("seed", int, "seed of every random draw", RUN, 0, low=0, high=2**32 - 1),
     Flag("clients", int, "K (AP-FL: also 5)", FEDERATION, by_setting(10, 100, 10), low=1),
@@ -97,15 +97,14 @@ COMMON = [  # flags of every method, or of a kind of run
          decides={"": {"partition": "pathological", "classes_per_client": 2}}),
     Flag("augment", bool, "random crop, flip and Cutout; on digits, svhn, emnist Cutout alone",
          DATA, False),
-    Flag("data_dir", str, "where downloads are kept", DATA, "data", metavar="DIR", may_change=True,
+    Flag("data_dir", str, "where downloads are kept", DATA, "data", may_change=True,
          when={"dataset": data.DOWNLOADED, "semantics": generator.ENCODERS}),
     Flag("device", str, "cpu, cuda, cuda:1, ...; cuda where there is one", MACHINE, None,
          may_change=True),
     Flag("workers", int, "clients trained at a time; on a CPU as many as it has cores, but no more "
          "than clients a round, on a GPU 1", MACHINE, None, low=1, high=1024, may_change=True),
     Flag("threads", int, "intra-op threads of each worker", MACHINE, 1, low=1, high=1024),
-    Flag("out", str, "folder of the run: runs/METHOD-DATASET-SEED", MACHINE, None, metavar="DIR",
-         kept=False),
+    Flag("out", str, "folder of the run: runs/METHOD-DATASET-SEED", MACHINE, None, kept=False),
     Flag("resume", bool, "go on with the run in --out", MACHINE, False, kept=False),
     Flag("checkpoint_every", int, "rounds between checkpoints", MACHINE, 1, low=1),
 ]
@@ -135,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
         if title not in groups:
             groups[title] = top.add_argument_group(title)
         choices = [*flag.choices, *([f"FILE{flag.file}"] if flag.file else [])]
-        options = {"metavar": "|".join(choices) or flag.metavar or flag.kind.__name__.upper()}
+        options = {"metavar": "|".join(choices) or {int: "N", float: "X"}.get(flag.kind, "NAME")}
         if flag.kind is bool:
             options = {"action": "store_true"}
         if flag.kind is list:
@@ -539,10 +538,7 @@ def complain(error: object, status: int) -> int:
 
 
 def train(experiment: Experiment, progress: Progress, history: list[dict], out: Path) -> None:
-    """All rounds and stages that are left to do, and the files that they leave in out.
-
-    history: the lines of metrics.jsonl so far
-    """
+    """All rounds and stages that are left; history: the lines of metrics.jsonl so far."""
     settings, before = experiment.settings, time.perf_counter() - progress.totals["seconds"]
     title = f"{settings['method']} on {Path(settings['dataset']).stem}"
     pool = ThreadPoolExecutor(settings["workers"], initializer=torch.set_num_threads,

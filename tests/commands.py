@@ -23,7 +23,9 @@ ASYNC = [flag for flag in CNN if flag not in ("--participation", "0.6")]
 ASYNC += ["--aggregation", "async"]
 FEW = ("--semantics segments --generator-steps 3 --generator-batch 2 --synthetic-per-class 4 "
        "--friend-epochs 1 --noise-dim 4").split()
-APFL = [*CNN, "--method", "apfl", *FEW]
+TWO_OF_THREE = [*CNN, *"--train-images 72 --clients 3 --participation 0.67 --seed 4".split()]
+APFL = [*TWO_OF_THREE, "--method", "apfl", *FEW]
+SMALL = (8, 4), 20  # generator.WIDTHS and apfl.BETA_TEST_IMAGES, for less of the same
 DROPOUT = [*FEW_DIGITS, *("--missing-classes 0.2 --train-images 300 --clients 6 --local-epochs 1 "
                           "--model cnn --rounds 2").split()]
 
@@ -53,14 +55,14 @@ def config(out: Path) -> dict:
 
 def make_small(monkeypatch) -> None:
     """The same code on a narrow generator and few images for the curve over beta."""
-    monkeypatch.setattr(generator, "WIDTHS", (8, 4))
-    monkeypatch.setattr(apfl, "BETA_TEST_IMAGES", 20)
+    monkeypatch.setattr(generator, "WIDTHS", SMALL[0])
+    monkeypatch.setattr(apfl, "BETA_TEST_IMAGES", SMALL[1])
 
 
 KILLED_AFTER = """
 import os, signal, sys
-sys.path[:0] = {paths!r}
-import commands, files, pytest, run
+sys.path.insert(0, {root!r})
+import apfl, files, generator, run
 
 def save_checkpoint(out, progress, save=files.save_checkpoint):
     save(out, progress)
@@ -68,7 +70,7 @@ def save_checkpoint(out, progress, save=files.save_checkpoint):
         os.kill(os.getpid(), signal.SIGKILL)
 
 files.save_checkpoint = save_checkpoint
-commands.make_small(pytest.MonkeyPatch())
+generator.WIDTHS, apfl.BETA_TEST_IMAGES = {small!r}
 run.main()
 """
 
@@ -80,8 +82,7 @@ def start(out: Path, *flags: str, kill_after: str = "") -> subprocess.Popen:
     """
     program = [str(ROOT / "run.py")]
     if kill_after:
-        paths = [str(ROOT), str(ROOT / "tests")]
-        program = ["-c", KILLED_AFTER.format(paths=paths, stage=kill_after)]
+        program = ["-c", KILLED_AFTER.format(root=str(ROOT), stage=kill_after, small=SMALL)]
     return subprocess.Popen([sys.executable, *program, *flags, "--out", str(out)],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))

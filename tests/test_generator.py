@@ -709,19 +709,25 @@ def test_a_damaged_cache_is_made_anew(tmp_path):
 def test_clip_embeddings_are_the_models_text_embeddings_of_unit_length(tmp_path):
     open_clip = pytest.importorskip("open_clip")
     texts = ["a photo of a cat.", "a photo of a dog.", "T-shirt/top"]
+    published = open_clip.get_model_config("ViT-B-32-quickgelu")
+    assert published["embed_dim"] == 512 and published["quick_gelu"]
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+    (tmp_path / "tiny-quickgelu.json").write_text(json.dumps(
+        {"embed_dim": 48, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(tmp_path / "tiny-quickgelu.json")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = open_clip.create_model("ViT-B-32-quickgelu").eval()
+        model = open_clip.create_model("tiny-quickgelu").eval()
     halves = {name: tensor.half() for name, tensor in model.state_dict().items()}
     path = tmp_path / "clip.pt"
     torch.save(halves, path)
-    ours = generator.clip_embeddings(texts, weights=str(path))
-    path.unlink()  # 300 MB, which pytest would keep for three runs
+    ours = generator.clip_embeddings(texts, weights=str(path), name="tiny-quickgelu")
     model.load_state_dict(halves)
     with torch.no_grad():
         expected = model.encode_text(open_clip.tokenize(texts)).numpy()
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    assert ours.shape == (3, 512) and ours.dtype == np.float32
+    assert ours.shape == (3, 48) and ours.dtype == np.float32
     np.testing.assert_allclose(ours, expected, atol=1e-5)
     cosines = ours @ ours.T
     np.testing.assert_allclose(np.diag(cosines), 1, atol=1e-5)
