@@ -338,8 +338,7 @@ def zero_shot_accuracies(right: Tensor, labels: Tensor, seen: Sequence[int],
     """Accuracies as in generalised zero-shot learning, in percent; predictions are of all classes.
 
     right: (clients, N) bool, which test images a client's model gets right;  labels: (N,)
-    Mean accuracy of a class over those that rounds have seen, over those that dropout clients
-    alone hold, and the harmonic mean of the two.
+    Means over the classes that rounds have seen, over the others, and their harmonic mean.
     """
     def mean_of_classes(classes: Sequence[int]) -> float:
         each = [right[:, labels == label].double().mean() for label in classes
@@ -362,8 +361,7 @@ def final_line(experiment: Experiment, line: dict, server: dict, after: Mapping,
                predicted_right: Callable) -> dict:
     """The last line of the log, with the accuracies of the models that clients use in the end.
 
-    Those of the global model are global_accuracy then; AP-FL adds those of every kind of model.
-    predicted_right: (experiment, in_use) -> right; see run.predicted_right
+    AP-FL adds those of every kind of model;  predicted_right: run.predicted_right
     """
     sent, kinds = stage_traffic(experiment, server, after), final_models(experiment, server, after)
     entry = {**line, "download_mb": line["download_mb"] + sent}
@@ -381,7 +379,7 @@ def beta_curves(experiment: Experiment, server: dict, after: Mapping, betas: Seq
                 predicted_right: Callable) -> dict[tuple[str, str], list[float]]:
     """(Whose, which) -> accuracy of interpolated models, beta by beta; see group_accuracies.
 
-    On BETA_TEST_IMAGES evenly spaced test images.  predicted_right: see final_line
+    On BETA_TEST_IMAGES evenly spaced test images;  predicted_right: run.predicted_right
     """
     data, shares = experiment.data, experiment.test_shares
     rows = torch.linspace(0, len(data.y_test) - 1, min(BETA_TEST_IMAGES, len(data.y_test))).long()

@@ -5,10 +5,11 @@ and at the end METHODS, a row a method, and FLAGS, a row for each flag that not 
 
 Three values are kept apart: what crosses the network (received and Result.update; the bytes of
 their tensors are the traffic), what stays on a device between rounds (kept), and what the server
-keeps (server, a dict of dicts, tensors and numbers).  `model` and `optimizer` are scratch: any
-content is overwritten, and no other argument is changed.  stream(purpose) is the random stream of
-this round and client, or of this round and the server.  A method's section holds only what differs
-from FedAvg.  Numbers are of arxiv.org; InCo's code is github.com/ChanYunHin/InCo-Aggregation.
+keeps (server); the last two are dicts, lists, tensors and numbers, since they are saved.  `model`
+and `optimizer` are scratch: any content is overwritten, and no other argument is changed.
+stream(purpose) is the random stream of this round and client, or of this round and the server.  A
+method's section holds only what differs from FedAvg.  Numbers are of arxiv.org; InCo's code is
+github.com/ChanYunHin/InCo-Aggregation.
 
 FedAvg       Communication-Efficient Learning of Deep Networks from Decentralized Data, 1602.05629
 FedProx      Federated Optimization in Heterogeneous Networks, MLSys 2020, 1812.06127
@@ -42,7 +43,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data import (BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, LATENT, PROXIES, PROXY_BATCHES,
-                  PROXY_IMAGES, RATE, ClientData, Dataset, batches, samples_per_epoch, torch_stream)
+                  RATE, ClientData, Dataset, batches, samples_per_epoch, torch_stream)
 from generator import (class_weights, initial_latent_generator, load_latent_generator,
                        sample_latents, train_latent_generator)
 from models import (State, average, block_of, copy_state, extract, index_sets, interpolate,
@@ -124,7 +125,8 @@ class Method(NamedTuple):
     """A method's functions, what is said of it, and the flags that it reads.
 
     Keyword-only arguments of the functions are filled in from the flags of the same names.  Stages
-    come after the last round, in order; after holds the outcomes of those before, by name.
+    come after the last round, in order, "late" first, which gives each client's weights; after
+    holds the outcomes of those before, by name.
     """
 
     paper: str
@@ -134,11 +136,11 @@ class Method(NamedTuple):
     download: Callable  # (server, client, stream) -> received
     client_update: Callable  # (model, optimizer, received, data, stream[, kept], *, ...) -> Result
     server_update: Callable  # (server, updates, *, ...) -> server
-    deploy: Callable  # (server, client, kept) -> (key, weights) in use; equal keys, equal models
+    deploy: Callable  # (server, client, kept) -> (key, weights); equal keys, equal models
     defaults: Mapping[str, Any]  # flag -> default: flags not read by all, defaults that differ
     networks: str  # a key of models.NETWORKS
-    averages: tuple[str, ...]  # values of --aggregation
-    # And where a method has such a thing:
+    averages: tuple[str, ...]  # --aggregation; per-architecture needs uploads of all weights, and
+    # async takes no part in what follows, where a method has such a thing:
     initial_memory: Callable | None = None  # (server, client) -> kept, at first
     assign: Callable | None = None  # (client, architectures, stream) -> client, with a round's own
     distil: Callable | None = None  # (server, updates, build, stream, *, ...) -> server, trained
@@ -152,8 +154,11 @@ class Method(NamedTuple):
 
 def bind(method: Method, settings: Mapping[str, Any], **others: Any) -> Method:
     """The method with its functions' keyword-only arguments filled in from settings and others."""
-    values = {**settings, "aggregation": AGGREGATIONS.get(settings.get("aggregation")),
-              "balance": settings.get("lambda"), **others}  # lambda is a word of Python
+    values = {**settings, **others}
+    if "aggregation" in settings:
+        values["aggregation"] = AGGREGATIONS.get(settings["aggregation"])
+    if "lambda" in settings:  # which is a word of Python
+        values["balance"] = settings["lambda"]
     bound = {name: filled(function, values) for name, function in method._asdict().items()
              if callable(function)}
     return method._replace(**bound, stages={name: filled(stage, values)
@@ -180,7 +185,7 @@ class Experiment(NamedTuple):
     test_shares: list[Tensor]  # client -> indices of its test images
     statistics: tuple[Tensor, Tensor]  # mean and deviation of the training images
     speeds: list[float]  # images a client trains on in a unit of virtual time
-    free: dict[str, list]  # architecture, small to large -> networks and optimisers that wait
+    idle: dict[str, list]  # architecture, small to large -> networks and optimisers not in use
     semantics: Tensor | None = None  # A(y), where a generator is yet to be trained
     train: Callable | None = None  # (update, tasks, what="") -> client id -> Result, in parallel
     watch: Callable | None = None  # (items, what, unit, ...) -> the same, with a progress bar
@@ -189,6 +194,11 @@ class Experiment(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """What a network has to fit: channels of the images, number of classes."""
         return self.data.x_train.shape[1], len(self.data.classes)
+
+    @property
+    def architectures(self) -> list[str]:
+        """Of the clients, small to large."""
+        return list(self.idle)
 
     @property
     def available(self) -> list[int]:
@@ -1065,7 +1075,7 @@ class Flag(NamedTuple):
     help: str  # what it is, with the paper's value, symbol and section
     group: str = ""  # where --help has it; "": under the methods that read it
     default: Any = NOT_SAID  # a value or By; NOT_SAID: only methods read it that have a default
-    low: float | None = None  # the smallest number allowed,
+    low: float = -1e9  # the smallest number allowed,
     above: float | None = None  # or the largest that is too small
     high: float = 1e9  # the largest number allowed
     choices: Collection[str] = ()
@@ -1082,10 +1092,14 @@ def typed_as(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def read_value(flag: Flag, text: str) -> int | float | str:
-    """The value of a flag that takes one.  Raises ValueError if it cannot have this one."""
+def read_value(flag: Flag, text: str | list | bool) -> Any:
+    """The value of a flag, or those of a list.  Raises ValueError if it cannot have this one."""
+    if isinstance(text, list):
+        return [read_value(flag, item) for item in text]
+    if flag.kind is bool:
+        return text
     name, file = typed_as(flag.name), f", or give the path of an {flag.file} file" * bool(flag.file)
-    if flag.kind is str:
+    if flag.kind in (str, list):
         if not flag.choices or text in flag.choices or (file and text.endswith(flag.file)):
             return text
         raise ValueError(f"unknown {name} '{text}': choose one of {', '.join(flag.choices)}{file}")
@@ -1095,9 +1109,9 @@ def read_value(flag: Flag, text: str) -> int | float | str:
         value = math.nan
     if value > flag.high:
         raise ValueError(f"{name} must be at most {flag.high:g}, not '{text}'")
-    if not (value > flag.above if flag.low is None else value >= flag.low):
+    if not (value >= flag.low if flag.above is None else value > flag.above):
         noun = "a whole number" if flag.kind is int else "a number"
-        bound = f"above {flag.above:g}" if flag.low is None else f"at least {flag.low:g}"
+        bound = f"at least {flag.low:g}" if flag.above is None else f"above {flag.above:g}"
         raise ValueError(f"{name} must be {noun} {bound}, not '{text}'")
     return value
 
@@ -1123,8 +1137,7 @@ def why_unread(flag: Flag, method: Method, settings: Mapping[str, Any],
     if flag.name in fixed:
         return f"with {fixed[flag.name]}"
     if flag.kept and flag.name not in settings:
-        return by_method + (f", which {method.instead[flag.name]}"
-                            if flag.name in method.instead else "")
+        return by_method + method.instead.get(flag.name, "")
     for other, values in flag.unless.items():
         if settings.get(other) in values:
             return f"with {typed_as(other)} {settings[other]}"
@@ -1163,7 +1176,7 @@ HETEROFL = FEDAVG._replace(
     paper="Diao et al. 2021", sends="sub-model", init=heterofl_init, download=heterofl_download,
     client_update=heterofl_client_update, server_update=heterofl_server_update,
     deploy=heterofl_deploy, assign=heterofl_assign, networks="-widths", averages=(),
-    instead={"aggregation": "averages each coordinate over the sub-models that hold it"},
+    instead={"aggregation": ", which averages each coordinate over the sub-models that hold it"},
     defaults={"model": By("setting", {"fedin": "resnet152-widths"}, "resnet18-widths")})
 
 METHODS = {
@@ -1196,8 +1209,8 @@ METHODS = {
         averages=IN_STEP, defaults=FEDAVG.defaults | APFL_SETTINGS),
     "feddf": FEDAVG._replace(
         paper="Lin et al. 2020", server_update=feddf_server_update, distil=feddf_distil,
-        averages=(), instead={"aggregation": "averages within each architecture, since its server "
-                              "trains them apart"},
+        averages=(), instead={"aggregation": ", which averages within each architecture, since its "
+                              "server trains them apart"},
         defaults=APFL_SETTINGS | {"proxy": "holdout", "distillation_steps": By(
             "setting", {"quick": 50}, DISTILLATION_STEPS)}),
     "heterofl": HETEROFL,
@@ -1215,8 +1228,8 @@ METHODS = {
 FLAGS = [
     Flag("mu", float, "fedprox, fedin: weight of the proximal term (FedIN Eq. 3 and Sec. 5.1: mu/2 "
          "= 0.05; AP-FL: not stated); moon: of the contrastive loss (its own: 5)", low=0),
-    Flag("proxy", str, "the server's unlabelled images: training images that no client has, noise, "
-         f"or those of an .npz; at most {PROXY_IMAGES}", choices=PROXIES, file=".npz"),
+    Flag("proxy", str, "the server's unlabelled images: ones that no client has, noise, or yours",
+         choices=PROXIES, file=".npz", unless={"distillation_steps": [0]}),
     Flag("distillation_steps", int, "steps a round on the server; 0: none", low=0),
     Flag("self_distillation", float, "gamma: how much earlier exits learn from the last, after a "
          "quarter of the rounds (0: as released)", low=0),

@@ -64,7 +64,7 @@ class Shared(NamedTuple):
 
     data: Dataset
     parts: list[Tensor]  # client -> indices (n_k,) of its training images, ascending
-    test_parts: list[Tensor]  # client -> indices of its test images
+    test_shares: list[Tensor]  # client -> indices of its test images
     dropouts: list[int]  # clients that dropped out before the first round
     seen: list[int]  # classes that clients hold that take part
     unseen: list[int]  # classes that dropout clients alone hold
@@ -176,7 +176,7 @@ def read_npz(path: str | Path) -> Dataset:
     Raises ValueError with one line that names the file and what is wrong with it.
     """
     if not Path(path).exists():
-        raise ValueError(f"there is no file {path}: check --dataset")
+        raise ValueError(f"there is no file {path}: check its path")
     try:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
@@ -572,10 +572,7 @@ CHARACTERS = Augmentation(padding=0, flip=False)  # for SVHN, digits and letters
 
 def preparation(statistics: tuple[Tensor, Tensor], dataset: str = "",
                 rng: torch.Generator | None = None) -> Callable[[Tensor], Tensor]:
-    """What makes network input of uint8 images: standardise, or with rng augment, by the data set.
-
-    statistics: mean and deviation of every channel
-    """
+    """What makes network input of uint8 images: standardise, or with rng augment."""
     mean, deviation = statistics
     if rng is None:
         return partial(standardise, mean=mean, deviation=deviation)

@@ -268,10 +268,7 @@ def fedin_server_update(server: dict, updates: Mapping[int, Update], *,
 
 def fedin_further_traffic(net: nn.Module, image: Tensor, *, feature_batch_size: int,
                           feature_batches: int) -> list[Tensor]:
-    """The features that a client sends, and from round 2 on receives, as tensors without content.
-
-    net, image: a network in evaluation mode and one image (1, C, H, W), on the meta device
-    """
+    """Features as a client sends them; net and one image (1, C, H, W) are on the meta device."""
     s_in = net.extractor(image)
     return [s.expand(feature_batch_size * feature_batches, *s.shape[1:])
             for s in (s_in, net.intermediate(s_in))]

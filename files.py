@@ -1,12 +1,7 @@
 """What a run leaves in its folder, and how it is resumed.  Knows nothing of methods.
 
-    config.json    every setting of the run
-    metrics.jsonl  one line an evaluated round
-    checkpoint.pt  everything that the next round needs
-    result.json    how it ended
-
-In reading order: atomic writes; the folder and its configuration; checkpoints; metrics; the result.
-Whatever is wrong with a file of the folder is a ValueError of one line that says what to do.
+In reading order: atomic writes; the folder and config.json; checkpoint.pt; metrics.jsonl; and
+result.json.  Whatever is wrong with a file is a ValueError of one line that says what to do.
 """
 
 import json
@@ -175,10 +170,7 @@ def trim_metrics(path: Path, last_round: int, settings: dict) -> list[dict]:
 
 
 def metrics_so_far(out: Path, progress: Progress, settings: dict) -> list[dict]:
-    """The lines of metrics.jsonl for the rounds that are finished; see trim_metrics.
-
-    The last is that of the last round: stages after it, which have written over it, are to come.
-    """
+    """The lines of trim_metrics, the last as it was before stages after it wrote over it."""
     path = out / "metrics.jsonl"
     history = trim_metrics(path, progress.round, settings)
     if history and history[-1]["round"] == progress.line["round"] and history[-1] != progress.line:

@@ -364,8 +364,8 @@ def clip_embeddings(texts: list[str], *, weights: str = "openai",
                     name: str = "ViT-B-32-quickgelu") -> np.ndarray:
     """CLIP text embeddings of unit length, by default of ViT-B/32, (texts, 512).
 
-    weights: "openai", downloaded at first use, or the path of a checkpoint
-    name: of open_clip's models; this one has the activation that OpenAI's weights know
+    weights: "openai", downloaded at first use, or the path of a checkpoint;  name: of open_clip's
+        models (quickgelu: the activation of OpenAI's weights)
     Raises ValueError if the weights cannot be had.
     """
     try:

@@ -47,8 +47,7 @@ MODELS = {  # what --model offers: the architectures of a federation, small to l
 NETWORKS = {  # which of these a method can work with
     "all but -widths": tuple(name for name in MODELS if not name.endswith("-widths")),
     "cnn, one ResNet": tuple(name for name in MODELS if len(MODELS[name]) == 1),
-    "-widths": tuple(name for name in MODELS if name.endswith("-widths")),
-}
+    "-widths": tuple(name for name in MODELS if name.endswith("-widths"))}
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch normalisation
 TEST_BATCH = 250  # images; fastest on a CPU between 128 and 256, at 1,024 twice as slow
 

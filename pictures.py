@@ -92,9 +92,8 @@ def draw_beta(path: Path, betas: Sequence[float], curves: Mapping[tuple[str, str
               used: float, title: str) -> None:
     """Accuracy of interpolated models against beta of AP-FL's Eq. 10 as printed, 0 to 1.
 
-    curves: (whose, "accuracy" or "personal_accuracy") -> percent at each beta; whose: "" are the
-        clients that take part, "dropout" the others, if any
-    used: the beta of the run
+    curves: (whose, "accuracy" or "personal_accuracy") -> percent at each beta; "dropout" clients
+        apart from the others, "";  used: the beta of the run
     """
     figure = new_figure(5.5, 3.8)
     axes = figure.subplots()

@@ -6,7 +6,7 @@
     python run.py --methods                                   all methods, in a table
 
 Reads from top to bottom: methods, settings and flags; the command line; what was asked for
-(resolve); the set-up of a run; one round; evaluation; and main(), which puts them together.  What a
+(resolve); the set-up of a run; one round; evaluation; main() and the loop over rounds.  What a
 method does is in baselines.py, fedin.py and apfl.py, each of which lists its methods at its end.
 """
 
@@ -41,21 +41,24 @@ from models import State
 
 # --------------------------------------------------------------------- methods, settings and flags
 
-def by_setting(quick: Any, fedin: Any, apfl: Any) -> By:
-    """A default of each --setting: a minute's run, and those of the two papers."""
-    return By("setting", {"quick": quick, "fedin": fedin, "apfl": apfl})
-
-
 METHODS = {**baselines.METHODS, **fedin.METHODS, **apfl.METHODS}
+SETTINGS = ("quick", "fedin", "apfl")  # a run of a minute on digits, and those of the two papers
+
+
+def by_setting(*values: Any) -> By:
+    """A default for each of SETTINGS."""
+    return By("setting", dict(zip(SETTINGS, values)))
+
+
 RUN, FEDERATION, DATA, MACHINE = "what to run", "federation", "data", "machine and files"  # --help
 ASYNC = {"aggregation": ["async"]}
-COMMON = [  # flags of every method, or of a kind of run
+COMMON = [  # of every method, or of a kind of run; defaults of all may go by the first three
     Flag("method", str, "see --methods", RUN, "fedin", choices=METHODS),
     Flag("dataset", str, "a data set, or the path of your own (README, 'Your own data')", RUN,
          "digits", choices=data.DATASETS, file=".npz"),
     Flag("setting", str, "fills in what is not given: a run of a minute on digits, FedIN's (Sec. "
          "5.1) or AP-FL's (Sec. 4.1)", RUN, By("dataset", {"digits": "quick"}, "fedin"),
-         choices=("quick", "fedin", "apfl")),
+         choices=SETTINGS),
     Flag("seed", int, "seed of every random draw", RUN, 0, low=0, high=2**32 - 1),
     Flag("clients", int, "K (AP-FL: also 5)", FEDERATION, by_setting(10, 100, 10), low=1),
     Flag("participation", float, "share of the clients drawn each round (FedIN: not stated)",
@@ -115,8 +118,7 @@ FLAGS = {flag.name: flag for flag in (*COMMON, *baselines.FLAGS, *fedin.FLAGS, *
 def read_command_line(argv: list[str] | None) -> dict:
     """What was typed: flag -> value.  Raises ValueError if it is nothing that can be asked for."""
     typed = vars(parser().parse_args(argv))
-    return {name: baselines.read_value(FLAGS[name], value) if isinstance(value, str) else value
-            for name, value in typed.items()}
+    return {name: baselines.read_value(FLAGS[name], value) for name, value in typed.items()}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -138,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
         if flag.kind is bool:
             options = {"action": "store_true"}
         if flag.kind is list:
-            options |= {"choices": flag.choices, "nargs": "+", "action": "extend"}
+            options |= {"nargs": "+", "action": "extend"}
         groups[title].add_argument(typed_as(flag.name), dest=flag.name, **options,
                                    help=flag.help + baselines.default_text(flag, METHODS))
     groups[RUN].add_argument("-h", "--help", action="help", help="print this and stop")
@@ -163,7 +165,7 @@ def methods_table() -> str:
         rows.append((name, method.paper, method.sends, method.keeps, method.networks, averages,
                      " ".join(own) or "-"))
     return pictures.table(rows, (11, 11, 12, 9, 8, 17, 21)) + "\n" + "\n".join(
-        f"{name} {said}" for name, method in METHODS.items() for said in method.instead.values())
+        f"{name}{said}" for name, method in METHODS.items() for said in method.instead.values())
 
 
 # ------------------------------------------------------------------------------ what was asked for
@@ -175,8 +177,8 @@ def resolve(typed: dict) -> dict:
     Raises ValueError if something was typed that the run would not read, or if it cannot run.
     """
     method = METHODS[typed.get("method", FLAGS["method"].default)]
-    settings, fixed = {}, {}  # fixed: by another flag, and how that was typed
-    for name, flag in FLAGS.items():  # method, dataset and setting come first: defaults go by them
+    settings, fixed = {}, {}  # fixed: by another flag, such as mu by "--ablate prox", and that
+    for name, flag in FLAGS.items():
         default = default_of(flag, method, settings)
         if flag.kept and default is not NOT_SAID:
             settings[name] = typed.get(name, default)
@@ -209,6 +211,7 @@ def check_combination(settings: dict) -> None:
         value, good = settings.get(name), works_with(name, METHODS[settings["method"]])
         if name in settings and value not in good:
             others = [key for key, method in METHODS.items() if value in works_with(name, method)]
+            others = others if len(others) < 6 else ["another (see --methods)"]
             raise ValueError(f"{typed_as(name)} {value} does not go with --method "
                              f"{settings['method']}: give {typed_as(name)} {' or '.join(good)}, or "
                              f"--method {' or '.join(others)}")
@@ -245,6 +248,7 @@ def settings_to_resume(out: Path, typed: dict) -> dict:
     Raises ValueError if there is none, or if something typed differs from it and may not.
     """
     settings = files.read_config(out)
+    # What decides which other settings there are, in a form that can be typed.
     decisive = {"method", "dataset", "model", "partition", "aggregation", "missing_classes",
                 "semantics"} - ({"partition"} if settings.get("missing_classes") else set())
     try:
@@ -273,8 +277,9 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
     typed = read_command_line(argv)
     resume, out = typed.pop("resume", False), typed.pop("out", None)
     if out is None:
-        name = Path(typed.get("dataset", "digits")).stem
-        out = f"runs/{typed.get('method', 'fedin')}-{name}-{typed.get('seed', 0)}"
+        method, dataset, seed = (typed.get(name, FLAGS[name].default)
+                                 for name in ("method", "dataset", "seed"))
+        out = f"runs/{method}-{Path(dataset).stem}-{seed}"
     out, saved = Path(out), None
     if resume:
         settings = settings_to_resume(out, typed)
@@ -310,7 +315,7 @@ def prepare_experiment(settings: dict) -> Experiment:
     proxy = settings.get("proxy") if settings.get("distillation_steps") else None
     share_out = baselines.filled(data.share_out, settings | {"proxy": proxy})
     shared = data.on_device(share_out(loaded, num_clients, seed), settings["device"])
-    if settings.get("beta", 0.0) is None:
+    if "beta" in settings and settings["beta"] is None:
         colour = shared.data.x_train.shape[1] == 3
         settings = settings | {"beta": apfl.BETA_COLOUR if colour else apfl.BETA_GRAY}
     archs = method.architectures(models.MODELS[settings["model"]])
@@ -322,26 +327,24 @@ def prepare_experiment(settings: dict) -> Experiment:
         proxy = data.ClientData(shared.proxy, rows, rows, data.preparation(shared.statistics))
     spread = settings.get("speed_spread", apfl.SPEED_SPREAD)
     speeds = spread ** data.numpy_stream(seed, data.SPEEDS).uniform(size=num_clients)
-    return Experiment(settings, baselines.bind(method, settings, proxy=proxy, owners=owners),
-                      shared.data, clients, shared.dropouts, shared.seen, shared.unseen,
-                      shared.test_parts, shared.statistics, speeds.tolist(),
-                      {arch: [] for arch in archs})
+    return Experiment(
+        settings, baselines.bind(method, settings, proxy=proxy, owners=owners), shared.data,
+        clients, dropouts=shared.dropouts, seen=shared.seen, unseen=shared.unseen,
+        test_shares=shared.test_shares, statistics=shared.statistics, speeds=speeds.tolist(),
+        idle={arch: [] for arch in archs})
 
 
 def first_progress(experiment: Experiment) -> Progress:
     """The state before round 1: initial weights, nothing done."""
-    settings, archs = experiment.settings, list(experiment.free)
+    settings, archs = experiment.settings, experiment.architectures
+    if experiment.method.networks == "-widths":  # which are cut out of the whole one
+        archs = archs[-1:]
     rng = data.torch_stream(settings["seed"], data.INITIAL_WEIGHTS)
-    weights = models.initial_weights(archs[-1:] if is_cut_by_width(settings) else archs,
-                                     *experiment.shape, rng, torch.device(settings["device"]))
+    weights = models.initial_weights(archs, *experiment.shape, rng,
+                                     torch.device(settings["device"]))
     totals = {"upload_mb": 0.0, "download_mb": 0.0, "samples": 0, "clock": 0.0,
               "training_seconds": 0.0, "seconds": 0.0}
     return Progress(0, experiment.method.init(weights), {}, totals, {}, {})
-
-
-def is_cut_by_width(settings: dict) -> bool:
-    """Whether the clients have sub-models of one network."""
-    return METHODS[settings["method"]].networks == "-widths"
 
 
 def describe(experiment: Experiment, server: dict, out: Path) -> None:
@@ -360,7 +363,7 @@ def describe(experiment: Experiment, server: dict, out: Path) -> None:
          for client in experiment.clients], [client.arch for client in experiment.clients],
         dataset.classes, [dataset.classes[label] for label in experiment.unseen],
         experiment.dropouts))
-    for arch in experiment.free:
+    for arch in experiment.architectures:
         state = models.shapes(arch, *experiment.shape)
         size = sum(tensor.numel() for name, tensor in state.items() if models.is_parameter(name))
         print(f"{arch}: {size:,} parameters, {models.num_bytes(state) / 1e6:.2f} MB with buffers")
@@ -372,7 +375,7 @@ def describe(experiment: Experiment, server: dict, out: Path) -> None:
 
 
 def expected_traffic(experiment: Experiment, server: dict) -> float:
-    """Megabytes that an average round sends down, and up again, after the first."""
+    """Megabytes that an average round sends each way, once there are features to send too."""
     clients, method = experiment.clients, experiment.method
     first = method.init(server["weights"])  # which has nothing but weights to send yet
     total = sum(models.num_bytes(method.download(first, client, experiment.stream(0, client.id)))
@@ -398,11 +401,11 @@ def train_round(experiment: Experiment, t: int, server: dict,
     for k in draw_participants(experiment, t):
         client, stream, kept = experiment.clients[k], experiment.stream(t, k), ()
         if method.assign is not None:
-            client = method.assign(client, list(experiment.free), stream)
+            client = method.assign(client, experiment.architectures, stream)
         if method.initial_memory is not None:
             kept = (memory[k] if k in memory else method.initial_memory(server, client),)
         tasks.append(Task(client, t, method.download(server, client, stream), kept))
-    results = experiment.train(method.client_update, tasks)
+    results = experiment.train(method.client_update, tasks)  # train_clients
     updates = {k: result.update for k, result in results.items()}
     server = method.server_update(server, updates)
     if method.distil is not None:
@@ -431,7 +434,7 @@ def train_clients(experiment: Experiment, pool: ThreadPoolExecutor, update: Call
 
     what: the name of a progress bar, if there is to be one
     """
-    # The largest first, so that no worker ends up alone with one.
+    # The largest first, so that no worker ends up alone with one.  (Local receives nothing.)
     cost = {task.client.id: len(task.client.indices) * models.num_bytes(task.received or task.kept)
             for task in tasks}
     futures = {task.client.id: pool.submit(train_client, experiment, update, task)
@@ -455,13 +458,13 @@ def train_client(experiment: Experiment, update: Callable, task: Task) -> Result
                                stream(data.AUGMENTATION) if settings["augment"] else None)
     own = data.ClientData(images, experiment.data.y_train, client.indices, prepare)
     try:
-        model, optimizer = experiment.free[client.arch].pop()
+        model, optimizer = experiment.idle[client.arch].pop()
     except IndexError:  # more clients of this architecture train at this moment than ever before
         model, optimizer = models.scratch_network(client.arch, *experiment.shape, images.device,
                                                   settings["optimizer"], settings["lr"])
     result = update(model, optimizer, task.received, own, stream, *task.kept)
     optimizer.zero_grad()  # frees the gradients while the network waits for its next client
-    experiment.free[client.arch].append((model, optimizer))
+    experiment.idle[client.arch].append((model, optimizer))
     if not (math.isfinite(result.loss) and models.all_finite((result.update, result.kept))):
         raise FloatingPointError(f"client {client.id}: the loss or a weight is not finite any "
                                  "more; a smaller --lr may help")
@@ -478,7 +481,7 @@ def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
     in_use = ((client.id, client.arch, *experiment.method.deploy(server, client,
                                                                  memory.get(client.id)))
               for client in experiment.clients)
-    if not is_cut_by_width(experiment.settings):
+    if experiment.method.networks != "-widths":
         return apfl.accuracies(experiment, predicted_right(experiment, in_use))
     ((arch, whole),) = server["weights"].items()
     right = predicted_right(experiment, chain(in_use, [("full", arch, arch, whole)]))
@@ -495,7 +498,8 @@ def predicted_right(experiment: Experiment, in_use: Iterable[tuple[object, str, 
     """
     images, prepare = experiment.data.x_train, data.preparation(experiment.statistics)
     taking_part = torch.cat([experiment.clients[k].indices for k in experiment.available])
-    # Every batch has images of all clients: the variance between clients belongs to the statistics.
+    # Statistics, of networks alone that are cut by width and keep none: batches of all clients'
+    # images, since the variance between clients belongs to them.
     count = math.ceil(len(taking_part) / models.TEST_BATCH)
     by_key, right = {}, {}
     for k, arch, key, weights in in_use:

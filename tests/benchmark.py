@@ -129,7 +129,7 @@ def with_workers(experiment: baselines.Experiment, workers: int,
                  threads: int = 1) -> baselines.Experiment:
     """The experiment, whose clients train so many at a time, on networks of their own."""
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
-    experiment = experiment._replace(free={arch: [] for arch in experiment.free})
+    experiment = experiment._replace(idle={arch: [] for arch in experiment.idle})
     return experiment._replace(train=partial(run.train_clients, experiment, pool))
 
 
@@ -182,7 +182,8 @@ def seconds_a_round(folder: Path) -> None:
     """The second and third round of every method: 5 of 20 clients, 5,000 images, 2 epochs."""
     choices = {"resnets": ("local", "fedavg", "fedprox", "scaffold", "fednova", "moon",
                            "inclusivefl", "inco", "fedin"),
-               "resnet18-widths": ("heterofl", "fedrolex", "scalefl"), "cnn": ("fedavg", "fedgen", "feddf")}
+               "resnet18-widths": ("heterofl", "fedrolex", "scalefl"),
+               "cnn": ("fedavg", "fedgen", "feddf")}
     for model, methods in choices.items():
         for method in methods:
             # As many again are for the server of FedDF to hold.

@@ -1,4 +1,4 @@
-"""Runs through the real command line, in this process or as one of their own, and what they leave."""
+"""Runs through the real command line, in this process or another, and what they leave."""
 
 import json
 import signal
@@ -15,10 +15,10 @@ from tiny import few_digits
 
 ROOT = Path(__file__).resolve().parents[1]
 FEW_DIGITS = ["--dataset", few_digits(), "--setting", "quick"]
-RESNETS = [*FEW_DIGITS, *("--train-images 120 --clients 5 --participation 0.6 --local-epochs 1 "
+RESNETS = [*FEW_DIGITS, *("--train-images 60 --clients 5 --participation 0.6 --local-epochs 1 "
                           "--partition iid --batch-size 12").split()]
 RESNET10 = [*RESNETS, "--model", "resnet10"]  # with batch normalisation, and a third of the time
-CNN = [*RESNETS, "--model", "cnn"]
+CNN = [*RESNETS, "--model", "cnn", "--train-images", "120"]
 ASYNC = [flag for flag in CNN if flag not in ("--participation", "0.6")]
 ASYNC += ["--aggregation", "async"]
 FEW = ("--semantics segments --generator-steps 3 --generator-batch 2 --synthetic-per-class 4 "

@@ -360,7 +360,7 @@ def test_harmonic_accuracy_of_known_predictions():
         {}, run.METHODS["apfl"], data.Dataset(None, None, None, labels, ["a", "b", "c"]),
         [baselines.Client(k, None, "cnn") for k in range(2)], dropouts=[1], seen=[0, 1], unseen=[2],
         test_shares=[torch.tensor([0, 2]), torch.tensor([4, 5])], statistics=None, speeds=[],
-        free={})
+        idle={})
     right = {0: torch.tensor([1, 1, 1, 1, 0, 0]).bool(), 1: torch.tensor([1, 1, 1, 0, 1, 0]).bool()}
     entry = apfl.accuracies(experiment, right)
     assert entry["accuracy"] == pytest.approx(100 * 8 / 12)

@@ -651,7 +651,7 @@ def test_a_damaged_npz_is_an_error(tmp_path):
 def test_a_missing_file_is_an_error(tmp_path):
     path = str(tmp_path / "nowhere.npz")
     message = complaint(data.load, path)
-    assert path in message and "--dataset" in message
+    assert path in message and "check its path" in message
 
 
 def test_a_folder_of_that_name_is_an_error(tmp_path):
@@ -707,7 +707,7 @@ def test_sharing_out_is_its_partition_with_the_streams_of_the_seed(options):
                    data.channel_statistics(shared.data.x_train, there)))
     tested = data.share_test(digits.y_test, labels, parts, data.numpy_stream(seed,
                                                                              data.TEST_SHARES))
-    assert all(map(torch.equal, shared.test_parts, tested))
+    assert all(map(torch.equal, shared.test_shares, tested))
 
 
 def test_a_proxy_is_as_large_as_it_may_be_and_of_the_images_channels(monkeypatch):
@@ -723,7 +723,7 @@ def test_moving_keeps_the_nest_and_reaches_every_tensor():
     moved = data.on_device(shared, "meta")
     assert type(moved) is data.Shared and type(moved.data) is data.Dataset
     assert moved.data.classes == shared.data.classes and moved.seen == shared.seen
-    assert all(tensor.is_meta for tensor in (*moved.parts, *moved.test_parts, *moved.statistics,
+    assert all(tensor.is_meta for tensor in (*moved.parts, *moved.test_shares, *moved.statistics,
                                              *moved.data[:4]))
 
 

@@ -133,7 +133,8 @@ def small(monkeypatch):
 @pytest.fixture(scope="module")
 def whole_apfl(tmp_path_factory):
     """An AP-FL run that was never stopped: its flags, metrics and result."""
-    flags, out = ["--method", "apfl", *DROPOUT, *FEW], tmp_path_factory.mktemp("apfl") / "out"
+    flags = ["--method", "apfl", *DROPOUT, *FEW, "--clients", "4", "--train-images", "120"]
+    out = tmp_path_factory.mktemp("apfl") / "out"
     with pytest.MonkeyPatch.context() as patch:
         make_small(patch)
         return flags, go(out, *flags), result(out)

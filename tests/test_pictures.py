@@ -80,7 +80,8 @@ def test_the_result_is_told_with_all_kinds_of_accuracies():
     result = {"rounds": 2, "accuracy": 60.0, "best_accuracy": 41.0, "best_round": 1,
               "last10_accuracy": 40.5, "seconds": 3.2, "images_per_second": 99.6,
               "upload_mb": 1.0, "download_mb": 2.0}
-    assert "accuracy 60.00 % after 2 rounds (best 41.00 % in round 1" in pictures.result_text(result)
+    plain = pictures.result_text(result)
+    assert "accuracy 60.00 % after 2 rounds (best 41.00 % in round 1" in plain
     text = pictures.result_text(result | {
         "global_accuracy": 40.0, "friend_accuracy": 7.0, "friend_personal_accuracy": None,
         "dropout_client_accuracy": 8.0, "dropout_client_personal_accuracy": 9.0,

@@ -1,4 +1,4 @@
-"""The command line from outside: what a run writes, repeats and refuses; every method; the layout."""
+"""The command line from outside: what a run writes, repeats and refuses; methods; the layout."""
 
 import ast
 import io
@@ -146,14 +146,14 @@ def test_traffic_is_the_bytes_of_what_was_sent(five_resnets):
     sizes = [sum(4 * p.numel() for p in net.parameters()) +  # weights, running statistics, counters
              sum(8 * b.numel() if b.dtype == torch.int64 else 4 * b.numel() for b in net.buffers())
              for net in meta]
-    features = 4 * 73_728  # one batch of 16, four bytes a float
+    row = 4 * 4608  # bytes of the features of an image; a client sends its twelve, receives 16
     first, second = (sum(sizes[k] for k in participants(settings, t)) for t in (1, 2))
     (entry,), final = lines(out), json.loads((out / "result.json").read_text())
-    for name in ("upload_mb", "download_mb"):
-        assert entry[name] == pytest.approx((second + 3 * features) / 1e6, abs=1e-9)
-    total = first + second + 3 * features  # in round 1 nobody has features to receive
-    assert final["download_mb"] == pytest.approx(total / 1e6, abs=1e-9)
-    assert final["upload_mb"] == pytest.approx((total + 3 * features) / 1e6, abs=1e-9)
+    assert entry["upload_mb"] == pytest.approx((second + 3 * 12 * row) / 1e6, abs=1e-9)
+    assert entry["download_mb"] == pytest.approx((second + 3 * 16 * row) / 1e6, abs=1e-9)
+    both = first + second  # and in round 1 nobody has features to receive
+    assert final["download_mb"] == pytest.approx((both + 3 * 16 * row) / 1e6, abs=1e-9)
+    assert final["upload_mb"] == pytest.approx((both + 2 * 3 * 12 * row) / 1e6, abs=1e-9)
 
 
 def test_accuracies_are_those_of_the_models_that_the_clients_use(tmp_path):
@@ -243,7 +243,7 @@ def test_aggregation_per_architecture_is_layerwise_where_there_is_one_alone(tmp_
 BASELINES = {  # method -> flags of a run of some seconds
     "scaffold": RESNET10, "fednova": CNN, "moon": CNN, "fedgen": CNN, "inclusivefl": RESNETS,
     "inco": [*RESNETS, "--model", "resnet14"], "feddf": [*CNN, "--distillation-steps", "2"],
-    **dict.fromkeys(WIDTH_METHODS, [*RESNETS, "--train-images", "60"]),
+    **dict.fromkeys(WIDTH_METHODS, RESNETS),
 }
 
 
@@ -308,13 +308,13 @@ def test_a_client_is_sent_what_its_method_says(baseline_run):
         experiment = run.prepare_experiment(config(baseline_run(method)))
 
         def drawn(arch, k):
-            client = experiment.method.assign(experiment.clients[k], list(experiment.free),
+            client = experiment.method.assign(experiment.clients[k], experiment.architectures,
                                               experiment.stream(2, k))
             return whole(client.arch, k)
 
         def with_own_rows(arch, k):
             """Rows of classes that it lacks are not sent; the classes that it has are."""
-            client = experiment.method.assign(experiment.clients[k], list(experiment.free),
+            client = experiment.method.assign(experiment.clients[k], experiment.architectures,
                                               experiment.stream(2, k))
             held = len(experiment.data.y_train[client.indices].unique())
             row = models.shapes(client.arch, 1, 10)["classifier.0.fc.weight"].shape[1] + 1
@@ -454,10 +454,10 @@ def test_methods_prints_every_method_and_its_flags(capsys):
     with pytest.raises(SystemExit) as stop:
         run.main(["--methods"])
     out = capsys.readouterr().out
-    table, footer = out.split("\nfeddf averages within")
+    table, footer = out.split("\nfeddf, which averages within")
     rows = {row.split()[0]: row for row in re.split(r"\n\n+", table) if row.strip()}
     assert stop.value.code == 0 and rows.keys() == {"method", *run.METHODS}
-    assert "scalefl averages each coordinate" in footer
+    assert "scalefl, which averages each coordinate" in footer
     assert "--self-distillation" in rows["scalefl"] and "per-architecture" in rows["moon"]
     assert " -widths " in rows["fedrolex"] and "control" in rows["scaffold"]
     assert "async" in rows["fedprox"] and "async" not in rows["fedin"]
@@ -499,7 +499,7 @@ def test_global_generators_are_left_alone(tmp_path):
      "which averages within each architecture"),
     ("--method fedrolex --model cnn", "give --model resnet18-widths or resnet152-widths"),
     ("--model resnet18-widths", "or --method heterofl or fedrolex or scalefl"),
-    ("--method scaffold --aggregation async --model cnn", "or --method fedavg or fedavg-ft or fedprox"),
+    ("--method scaffold --aggregation async --model cnn", "or --method fedavg or fedavg-ft or f"),
     ("--method scaffold --mu 1", "--mu is not read by --method scaffold"),
     ("--method heterofl --self-distillation 1", "--self-distillation is not read by --method hete"),
     ("--method feddf --proxy imagenet", "unknown --proxy 'imagenet': choose one of holdout, "),
@@ -518,7 +518,9 @@ def test_global_generators_are_left_alone(tmp_path):
     ("--data-dir data", "--data-dir is not read with --dataset digits"),
     ("--ablate prox --mu 0.2", "--mu is not read with --ablate prox"),
     ("--ablate in --projection exact", "--projection is not read with --ablate in"),
-    ("--ablate everything", "invalid choice"),
+    ("--ablate everything", "unknown --ablate 'everything': choose one of in, prox, opt"),
+    ("--ablate in --ablate prox x", "unknown --ablate 'x'"),
+    ("--method feddf --distillation-steps 0 --proxy noise", "--proxy is not read with --distil"),
     ("--alpha 0", "--alpha must be a number above 0, not '0'"),
     ("--alpha inf", "--alpha must be at most 1e+09, not 'inf'"),
     ("--lr nan", "--lr must be a number above 0"),
@@ -547,7 +549,7 @@ def test_global_generators_are_left_alone(tmp_path):
     ("--method apfl --word-vectors x.txt", "--word-vectors is not read with --semantics segm"),
     ("--aggregation async", "--aggregation async does not go with --method fedin"),
     ("--method fedavg --aggregation async", "--aggregation async needs one architecture"),
-    ("--method apfl --model resnets", "--model resnets does not go with --method apfl: give --model cnn"),
+    ("--method apfl --model resnets", "--model resnets does not go with --method apfl: give --mod"),
     ("--missing-classes 0.2 --alpha 0.5", "--alpha is not read with --missing-classes"),
     ("--missing-classes 0.2 --partition iid", "--partition is not read with --missing-classes"),
     ("--missing-classes 0.2 --classes-per-client 2", "--classes-per-client is not read with"),
