@@ -139,8 +139,8 @@ class Method(NamedTuple):
     deploy: Callable  # (server, client, kept) -> (key, weights); equal keys, equal models
     defaults: Mapping[str, Any]  # flag -> default: flags not read by all, defaults that differ
     networks: str  # a key of models.NETWORKS
-    averages: tuple[str, ...]  # --aggregation; per-architecture needs uploads of all weights, and
-    # async takes no part in what follows, where a method has such a thing:
+    averages: tuple[str, ...]  # values of --aggregation; async only without the three that follow
+    # and per-architecture only where uploads hold all weights.  Where a method has such a thing:
     initial_memory: Callable | None = None  # (server, client) -> kept, at first
     assign: Callable | None = None  # (client, architectures, stream) -> client, with a round's own
     distil: Callable | None = None  # (server, updates, build, stream, *, ...) -> server, trained

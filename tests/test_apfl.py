@@ -455,6 +455,53 @@ def test_dropout_clients_are_never_drawn():
 # ------------------------------------------------------------------------ asynchronous aggregation
 
 
+def test_asynchronous_rounds_are_a_simulation_written_out():
+    """Client k's n-th work adds step(k, n) to what it received; the last client has dropped out."""
+    sizes, speeds, rng = [10, 21, 15, 12], [1.0, 2.7, 1.9, 3.9], np.random.default_rng(0)
+    steps = rng.normal(size=(4, 40))
+    clients = [baselines.Client(k, torch.arange(n), "net") for k, n in enumerate(sizes)]
+    trained = []
+
+    def train(update, tasks, what=""):
+        assert update is baselines.fedavg_client_update
+        trained.extend((task.client.id, task.number) for task in tasks)
+        return {task.client.id: baselines.Result(baselines.Update(
+            {"w": task.received["w"] + steps[task.client.id, task.number]}, 1),
+            loss=float(task.number), samples=task.client.id) for task in tasks}
+
+    experiment = baselines.Experiment(
+        {"seed": 0}, baselines.FEDAVG, None, clients, [3], [], [], [], None, speeds, {},
+        train=train)
+    server, logged = {"weights": {"net": {"w": torch.zeros((), dtype=torch.float64)}}}, []
+    for t in (1, 2, 3):
+        server, memory, figures = apfl.asynchronous_round(
+            experiment, t, server, {"kept": 1}, local_epochs=2, batch_size=5, mixing=0.7,
+            staleness="polynomial")
+        assert memory == {"kept": 1}
+        logged.append(figures)
+
+    lengths = [2 * count / speed for count, speed in zip((10, 20, 15), speeds)]  # 21: 20 and one
+    arrivals = sorted((n * length, k, n) for k, length in enumerate(lengths)
+                      for n in range(1, 20))[:9]
+    x, received, ends, behind = 0.0, [(0.0, 0)] * 3, [0.0], []
+    for version, (now, k, n) in enumerate(arrivals):
+        base, since = received[k]
+        behind.append(version - since)
+        share = 0.7 * (behind[-1] + 1) ** -0.5
+        x = (1 - share) * x + share * (base + steps[k, n])
+        received[k] = x, version + 1
+        ends.append(now)
+    assert server["weights"]["net"]["w"].item() == pytest.approx(x, rel=1e-12)
+    for t, figures in enumerate(logged):
+        part = arrivals[3 * t:3 * t + 3]
+        assert figures["clock"] == pytest.approx(ends[3 * t + 3] - ends[3 * t])
+        assert figures["staleness_mean"] == pytest.approx(sum(behind[3 * t:3 * t + 3]) / 3)
+        assert figures["samples"] == sum(k for _, k, _ in part)
+        assert figures["loss"] == pytest.approx(sum(n for *_, n in part) / figures["samples"])
+        assert figures["upload_mb"] == figures["download_mb"] == 3 * 8 / 1e6
+    assert sorted(trained) == sorted((k, n) for _, k, n in arrivals)  # each once, and no others
+
+
 @pytest.mark.parametrize("method", ["fedavg", "fedprox", "apfl"])
 def test_asynchronous_runs_log_the_clock_and_staleness(method, tmp_path):
     few = FEW if method == "apfl" else []
