@@ -124,9 +124,10 @@ AGGREGATIONS = {"layerwise": layerwise_average, "per-architecture": per_architec
 class Method(NamedTuple):
     """A method's functions, what is said of it, and the flags that it reads.
 
-    Keyword-only arguments of the functions are filled in from the flags of the same names.  Stages
-    come after the last round, in order, "late" first, which gives each client's weights; after
-    holds the outcomes of those before, by name.
+    Keyword-only arguments of the functions are filled in from the flags of the same names, but
+    aggregation is a function, balance is --lambda, proxy the images, owners client -> architecture.
+    Stages come after the last round, in order, "late" first, which gives each client's weights;
+    after holds the outcomes of those before, by name.
     """
 
     paper: str
@@ -1082,7 +1083,7 @@ class Flag(NamedTuple):
     file: str = ""  # of the name of a file that may be given instead of a choice: how it ends
     when: Mapping[str, Collection[str]] = {}  # read if one of these flags has one of these values,
     unless: Mapping[str, Collection[str]] = {}  # and not if one has one of these
-    decides: Mapping[str, Mapping[str, Any]] = {}  # choice, "" for any -> flags that it fixes
+    decides: Mapping[str, Mapping[str, Any]] = {}  # "" or a list's choice -> flags that it fixes
     may_change: bool = False  # on --resume
     kept: bool = True  # in config.json
 
@@ -1204,7 +1205,7 @@ METHODS = {
         client_update=moon_client_update, averages=IN_STEP,
         defaults=FEDAVG.defaults | {"mu": MOON_MU}),
     "fedgen": FEDAVG._replace(
-        paper="Zhu et al. 2021", sends="weights, class counts", init=fedgen_init,
+        paper="Zhu et al. 2021", sends="weights, class counts (gets a generator)", init=fedgen_init,
         download=fedgen_download, client_update=fedgen_client_update, distil=fedgen_distil,
         averages=IN_STEP, defaults=FEDAVG.defaults | APFL_SETTINGS),
     "feddf": FEDAVG._replace(

@@ -344,7 +344,7 @@ def encode_with_cache(encode: Callable[[list[str]], np.ndarray], classes: Sequen
             return read_embeddings(cache, texts)
         except ValueError:  # of other classes, or damaged: made anew
             pass
-    print("encoding the class names, by weights that are downloaded at first use", flush=True)
+    print(f"encoding the class names for {cache}; weights are downloaded at first use", flush=True)
     # Libraries log retries on standard error, and initialise weights before they load them.
     logging.disable(logging.CRITICAL)
     try:

@@ -381,7 +381,8 @@ def tensors_in(payload: object) -> Iterator[Tensor]:
 def all_finite(payload: object) -> bool:
     """Whether no tensor in a nest of dicts, lists and tuples holds an infinity or NaN."""
     finite = [tensor.isfinite().all() for tensor in tensors_in(payload)]
-    return not finite or bool(torch.stack(finite).all())
+    # On one device, since an optimiser keeps some of its state on the CPU always.
+    return not finite or bool(torch.stack([one.to(finite[0].device) for one in finite]).all())
 
 
 def num_bytes(payload: object) -> int:

@@ -1,7 +1,4 @@
-"""What a run shows of its numbers: pictures, and on the terminal a table and the result.
-
-Every function takes numbers and tensors, so they can be had from saved files too.
-"""
+"""What a run shows of its numbers, which may come from saved files too: pictures and text."""
 
 import sys
 import textwrap
@@ -185,8 +182,8 @@ def result_text(result: Mapping) -> str:
     lines.append(f"{result['seconds']:.0f} s, {result['images_per_second']:.0f} training images a "
                  f"second, {result['upload_mb']:.1f} MB sent up and {result['download_mb']:.1f} MB "
                  "down")
-    stages = [f"{name} {result[f'{name}_seconds']:.0f} s"
-              for name in ("late", "generator", "friends") if f"{name}_seconds" in result]
+    stages = [f"{name.removesuffix('_seconds')} {result[name]:.0f} s"
+              for name in result if name.endswith("_seconds")]
     if stages:
         lines.append(f"stages after the last round: {', '.join(stages)}")
     return "\n".join(lines)

@@ -224,7 +224,7 @@ def find_device(name: str | None) -> torch.device:
     """The device of a name; None: a GPU where there is one.  Raises ValueError if there is none."""
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name or usual)
+        device = torch.device(usual if name is None else name)
         torch.ones(1, dtype=torch.float64, device=device).cpu()  # what averaging needs
     except (RuntimeError, AssertionError, TypeError) as error:  # torch raises each, by device
         raise ValueError(f"--device {name} cannot be used ({data.first_line(error)}): "
@@ -248,9 +248,10 @@ def settings_to_resume(out: Path, typed: dict) -> dict:
     Raises ValueError if there is none, or if something typed differs from it and may not.
     """
     settings = files.read_config(out)
-    # What decides which other settings there are, in a form that can be typed.
-    decisive = {"method", "dataset", "model", "partition", "aggregation", "missing_classes",
-                "semantics"} - ({"partition"} if settings.get("missing_classes") else set())
+    decisive = {"method", "model", "missing_classes"}  # of which other settings there are
+    decisive |= {name for flag in FLAGS.values() for name in (*flag.when, *flag.unless)}
+    if settings.get("missing_classes"):
+        decisive -= {"partition"}
     try:
         needed = resolve({name: settings[name] for name in decisive
                           if settings.get(name) is not None})
@@ -363,6 +364,9 @@ def describe(experiment: Experiment, server: dict, out: Path) -> None:
          for client in experiment.clients], [client.arch for client in experiment.clients],
         dataset.classes, [dataset.classes[label] for label in experiment.unseen],
         experiment.dropouts))
+    if settings.get("distillation_steps"):
+        images = method.distil.keywords["proxy"].images
+        print(f"the server holds {len(images):,} unlabelled images ({settings['proxy']})")
     for arch in experiment.architectures:
         state = models.shapes(arch, *experiment.shape)
         size = sum(tensor.numel() for name, tensor in state.items() if models.is_parameter(name))
@@ -498,8 +502,7 @@ def predicted_right(experiment: Experiment, in_use: Iterable[tuple[object, str, 
     """
     images, prepare = experiment.data.x_train, data.preparation(experiment.statistics)
     taking_part = torch.cat([experiment.clients[k].indices for k in experiment.available])
-    # Statistics, of networks alone that are cut by width and keep none: batches of all clients'
-    # images, since the variance between clients belongs to them.
+    # Networks cut by width keep no statistics, so they get those of batches of all clients' images.
     count = math.ceil(len(taking_part) / models.TEST_BATCH)
     by_key, right = {}, {}
     for k, arch, key, weights in in_use:
@@ -623,19 +626,18 @@ def train_rounds(experiment: Experiment, progress: Progress, history: list[dict]
 def train_stages(experiment: Experiment, progress: Progress, out: Path) -> Progress:
     """The stages of the method after the last round; each is saved when it is finished."""
     for name, stage in experiment.method.stages.items():
-        if name in progress.after:
-            continue
-        start = time.perf_counter()
-        after = progress.after | {name: stage(experiment, progress.server, progress.after)}
-        if name == "generator":
+        is_new, start = name not in progress.after, time.perf_counter()
+        if is_new:
+            after = progress.after | {name: stage(experiment, progress.server, progress.after)}
+            seconds = {f"{name}_seconds": round(time.perf_counter() - start, 3)}
+            progress = progress._replace(after=after, totals=progress.totals | seconds)
+            files.save_checkpoint(out, progress)
+        if name == "generator" and (is_new or not (out / "samples.png").exists()):
             taught = sum(one["class_counts"] for one in progress.server["teachers"].values()) > 0
             pictures.draw_samples(
-                out / "samples.png", apfl.sample_sheet(experiment, after).cpu(),
+                out / "samples.png", apfl.sample_sheet(experiment, progress.after).cpu(),
                 experiment.data.classes, taught.tolist(),
                 f"synthetic samples, {Path(experiment.settings['dataset']).stem}")
-        seconds = {f"{name}_seconds": round(time.perf_counter() - start, 3)}
-        progress = progress._replace(after=after, totals=progress.totals | seconds)
-        files.save_checkpoint(out, progress)
     return progress
 
 

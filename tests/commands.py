@@ -64,25 +64,33 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import apfl, files, generator, run
 
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
 def save_checkpoint(out, progress, save=files.save_checkpoint):
     save(out, progress)
-    if {stage!r} in progress.after:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if {moment!r} in progress.after:
+        die()
 
-files.save_checkpoint = save_checkpoint
+def append_metrics(path, entry, append=files.append_metrics):
+    append(path, entry)
+    if {moment!r} == entry["round"]:
+        die()
+
+files.save_checkpoint, files.append_metrics = save_checkpoint, append_metrics
 generator.WIDTHS, apfl.BETA_TEST_IMAGES = {small!r}
 run.main()
 """
 
 
-def start(out: Path, *flags: str, kill_after: str = "") -> subprocess.Popen:
+def start(out: Path, *flags: str, kill_after: str | int | None = None) -> subprocess.Popen:
     """A run as a process of its own, which hears Ctrl-C also where the tests run in background.
 
-    kill_after: the stage whose checkpoint is its last act before it is killed
+    kill_after: its last act before it is killed: the checkpoint of a stage, or the line of a round
     """
     program = [str(ROOT / "run.py")]
-    if kill_after:
-        program = ["-c", KILLED_AFTER.format(root=str(ROOT), stage=kill_after, small=SMALL)]
+    if kill_after is not None:
+        program = ["-c", KILLED_AFTER.format(root=str(ROOT), moment=kill_after, small=SMALL)]
     return subprocess.Popen([sys.executable, *program, *flags, "--out", str(out)],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))

@@ -16,6 +16,7 @@ import baselines
 import data
 import generator
 import models
+import pictures
 import run
 from commands import (APFL, ASYNC, DROPOUT, FEW, TWO_OF_THREE, config, go, lines, make_small,
                       participants, result)
@@ -305,6 +306,10 @@ def test_the_rounds_of_apfl_and_fedavg_ft_are_fedavgs(tmp_path, plain_apfl):
         for name in ("loss", "samples", "clock"):
             assert a[name] == b[name]
     assert plain[0]["accuracy"] == apfl_lines[0]["accuracy"] and plain[0] == tuned[0]
+    both = {"global_accuracy", "global_personal_accuracy"}
+    assert tuned[-1].keys() == plain[-1].keys() | both
+    size = models.num_bytes(models.shapes("cnn", 1, 10)) / 1e6  # to each of three clients once more
+    assert tuned[-1]["download_mb"] == pytest.approx(plain[-1]["download_mb"] + 3 * size)
     for last in (apfl_lines[-1], tuned[-1]):
         assert last["global_accuracy"] == plain[-1]["accuracy"]
         assert last["global_personal_accuracy"] == plain[-1]["personal_accuracy"]
@@ -388,6 +393,74 @@ def test_the_curve_over_beta_ends_at_the_friend_and_at_the_clients_own_model(pla
         assert curves["", name] == pytest.approx(ends) and ("dropout", name) not in curves
 
 
+def test_the_stages_hand_their_settings_on(monkeypatch):
+    """What the generator's training and a client's friend update are called with."""
+    of_generator = {"generator_steps": 3, "generator_batch": 4}
+    of_friend = {"friend_epochs": 2, "synthetic_per_class": 6, "friend_labels": "all",
+                 "batch_size": 7}
+    settings = run.resolve({"method": "apfl", "train_images": 100, "partition": "iid",
+                            "lambda": 0.8, **of_generator, **of_friend})
+    called = []
+
+    def train_generator(net, teachers, weights, rng, **options):
+        called.append((rng.initial_seed(), options))
+        yield 1.0, 2.0
+
+    def train(update, tasks, what):
+        called.append(update.keywords)
+        assert {task.number for task in tasks} == {0}
+        return {task.client.id: baselines.Result(None, 0.0, 1, kept={}) for task in tasks}
+
+    monkeypatch.setattr(apfl, "train_generator", train_generator)
+    experiment = run.prepare_experiment(settings)._replace(
+        semantics=torch.eye(10), train=train, watch=lambda items, *_: Bar(items))
+    server = {"weights": {"cnn": weights_of(0)}, "teachers": {0: {
+        "weights": weights_of(1), "class_counts": torch.ones(10, dtype=torch.int64)}}}
+    stages = experiment.method.stages
+    after = {"generator": stages["generator"](experiment, server, {})}
+    stages["friends"](experiment, server, after)
+    (seed, options), keywords = called
+    assert seed == data.torch_stream(0, data.GENERATOR_NOISE).initial_seed()
+    assert (of_generator | {"balance": 0.8}).items() <= options.items() and keywords == of_friend
+
+
+class Bar(list):
+    """A progress bar that shows nothing."""
+
+    def set_postfix_str(self, text, refresh):
+        assert text == "L_cls 1.000, L_diversity 2.0"
+
+
+def test_the_sheet_shows_samples_in_the_range_of_images(plain_apfl):
+    experiment = run.prepare_experiment(config(plain_apfl))
+    after = torch.load(plain_apfl / "checkpoint.pt", weights_only=True)["after"]
+    net = generator.load_generator(after["generator"], 1, 4)
+    x = generator.sample(net, torch.arange(10).repeat_interleave(10), data.torch_stream(
+        config(plain_apfl)["seed"], data.GENERATOR_NOISE, round=1))
+    mean, deviation = (number.item() for number in experiment.statistics)
+    expected = (x.numpy() * deviation + mean).clip(0, 255).reshape(10, 10, 1, 32, 32)
+    sheet = apfl.sample_sheet(experiment, after)
+    assert sheet.dtype == torch.uint8 and sheet.float().std() > 10
+    assert np.abs(sheet.numpy() - np.floor(expected)).max() <= 1
+
+
+def test_the_curve_over_beta_uses_evenly_spaced_test_images(plain_apfl):
+    experiment = run.prepare_experiment(config(plain_apfl))._replace(watch=lambda items, *_: items)
+    saved, seen = torch.load(plain_apfl / "checkpoint.pt", weights_only=True), []
+
+    def predicted_right(few, in_use):
+        seen.append(few)
+        return {k: torch.ones(20, dtype=torch.bool) for k, *_ in in_use}
+
+    curves = apfl.beta_curves(experiment, saved["server"], saved["after"], [0.5], predicted_right)
+    rows = [79 * n // 19 for n in range(20)]  # of 80 test images
+    assert torch.equal(seen[0].data.y_test, experiment.data.y_test[rows])
+    assert torch.equal(seen[0].data.x_test, experiment.data.x_test[rows])
+    for share, few in zip(experiment.test_shares, seen[0].test_shares):
+        assert [rows[n] for n in few.tolist()] == [n for n in rows if n in share.tolist()]
+    assert curves["", "accuracy"] == [100]
+
+
 @pytest.mark.parametrize("flags", ["--beta 0.9", "--beta-on friend", "--lambda 0.9",
                                    "--semantics onehot", "--friend-labels all",
                                    "--generator-steps 5"])
@@ -423,6 +496,17 @@ def test_of_dropout_clients_images_nothing_reaches_the_global_model(tmp_path):
     assert not torch.equal(plain["after"]["late"][5]["classifier.fc.weight"],
                            noisy["after"]["late"][5]["classifier.fc.weight"])
     assert sorted(plain["server"]["teachers"]) == [0, 1, 2, 3, 4]
+
+
+def test_pictures_know_the_unseen_classes_and_whose_weight_beta_is(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(pictures, "draw_samples", lambda path, images, names, seen, title:
+                        drawn.update(seen=seen))
+    monkeypatch.setattr(pictures, "draw_beta", lambda path, betas, curves, used, title:
+                        drawn.update(used=used, curves=curves))
+    go(tmp_path, "--method", "apfl", *FEW, *DROPOUT, "--rounds", "1", "--beta-on", "friend")
+    assert drawn["seen"] == 8 * [True] + 2 * [False] and drawn["used"] == 0.9
+    assert ("dropout", "accuracy") in drawn["curves"]
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedavg-ft", "local", "fedprox"])

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 import apfl
 import files
 import models
-from commands import (APFL, CNN, DROPOUT, FEW, config, go, lines, make_small,
+from commands import (APFL, ASYNC, CNN, DROPOUT, FEW, config, go, lines, make_small,
                       participants, refused, result, start)
 
 
@@ -31,19 +30,17 @@ def resumed_is(whole, out: Path) -> bool:
     return go(out, "--resume") == entries and result(out) == final
 
 
-@pytest.mark.parametrize("lines_before", [2])
-def test_killed_and_resumed_a_run_ends_as_if_never_stopped(tmp_path, whole, lines_before):
-    process = start(tmp_path / "out", *whole[0])
-    metrics = tmp_path / "out" / "metrics.jsonl"
-    while process.poll() is None:
-        if (tmp_path / "out" / "config.json").exists() and (
-                lines_before == 0 or metrics.exists() and
-                metrics.read_bytes().count(b"\n") >= lines_before):
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.01)
+def killed(out: Path, *flags: str, after: str | int) -> dict:
+    """The checkpoint of a run that is killed at a moment; see commands.start."""
+    process = start(out, *flags, kill_after=after)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def test_killed_between_line_and_checkpoint_a_run_ends_as_if_never_stopped(tmp_path, whole):
+    assert killed(tmp_path / "out", *whole[0], after=2)["round"] == 1
+    assert len(lines(tmp_path / "out")) == 2
     assert resumed_is(whole, tmp_path / "out")
 
 
@@ -71,7 +68,7 @@ def test_a_torn_last_line_is_dropped_and_rounds_may_grow(tmp_path, whole):
     flags, entries, final = whole
     go(tmp_path, *flags, "--rounds", "2")
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"round": 3, "accur')
+        file.write('{"round": 3, "accuracy": 1}')  # all but its line break
     assert go(tmp_path, "--resume", "--rounds", "4") == entries
     assert json.loads((tmp_path / "config.json").read_text())["rounds"] == 4
     assert go(tmp_path, "--resume") == entries  # nothing left to do
@@ -91,16 +88,18 @@ def test_ctrl_c_between_checkpoints_saves_the_last_finished_round(tmp_path, monk
     capsys.readouterr()
     append = files.append_metrics
 
-    def interrupted(path, entry):
-        if entry["round"] == 3:
-            raise KeyboardInterrupt
-        append(path, entry)
+    for last in (1, 2):
+        def interrupted(path, entry):
+            if entry["round"] == last + 1:
+                raise KeyboardInterrupt
+            append(path, entry)
 
-    monkeypatch.setattr(files, "append_metrics", interrupted)
-    assert "--resume" in refused(capsys, *flags, "--out", str(tmp_path / "parts"), status=130)
-    monkeypatch.undo()
-    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["round"] == 2
-    assert go(tmp_path / "parts", "--resume") == entries
+        out = tmp_path / f"until {last}"
+        monkeypatch.setattr(files, "append_metrics", interrupted)
+        assert "--resume" in refused(capsys, *flags, "--out", str(out), status=130)
+        monkeypatch.undo()
+        assert torch.load(out / "checkpoint.pt", weights_only=True)["round"] == last
+        assert go(out, "--resume") == entries
 
 
 def test_local_resumes_with_its_clients_models(tmp_path):
@@ -115,9 +114,7 @@ def test_local_resumes_with_its_clients_models(tmp_path):
 
 def test_ctrl_c_leaves_a_run_to_resume(tmp_path, whole):
     process = start(tmp_path / "out", *whole[0])
-    metrics = tmp_path / "out" / "metrics.jsonl"
-    while process.poll() is None and not metrics.exists():
-        time.sleep(0.01)
+    assert any("round 1 took" in line for line in process.stdout)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130
@@ -141,15 +138,12 @@ def whole_apfl(tmp_path_factory):
 
 
 def test_killed_in_every_stage_and_resumed_a_run_ends_as_if_never_stopped(tmp_path, whole_apfl):
-    flags, stages = whole_apfl[0], ["late", "generator", "friends"]
+    flags, stages, out = whole_apfl[0], ["late", "generator", "friends"], tmp_path / "out"
     for number, stage in enumerate(stages[:2], start=1):
-        process = start(tmp_path / "out", *flags, kill_after=stage)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        after = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["after"]
-        assert sorted(after) == sorted(stages[:number])
+        assert sorted(killed(out, *flags, after=stage)["after"]) == sorted(stages[:number])
         flags = ["--resume"]
-    assert resumed_is(whole_apfl, tmp_path / "out")
+    assert not (out / "samples.png").exists()  # it was killed before it could draw them
+    assert resumed_is(whole_apfl, out) and (out / "samples.png").exists()
 
 
 def test_ctrl_c_in_the_generator_stage_keeps_the_stages_before(tmp_path, whole_apfl, monkeypatch,
@@ -230,3 +224,41 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_round_and_client(tmp_
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
+# --------------------------------------------------------------------------------- from lines alone
+
+
+def test_the_summary_is_of_the_models_in_use_in_rounds_and_of_the_last_ten_lines():
+    history = [{"round": t, "accuracy": float(t), "seconds": 9.0} for t in range(1, 13)]
+    history[-1] |= {"accuracy": 80.0, "global_accuracy": 3.5}
+    final = files.summarise(history, {"training_seconds": 4.0, "samples": 10, "seconds": 5.0})
+    assert (final["accuracy"], final["best_accuracy"], final["best_round"]) == (80, 11, 11)
+    assert final["last10_accuracy"] == pytest.approx((sum(range(3, 12)) + 3.5) / 10)
+    assert (final["rounds"], final["images_per_second"], final["seconds"]) == (12, 2.5, 5.0)
+    assert "training_seconds" not in final and "round" not in final
+
+
+def test_a_torn_line_is_no_line_even_where_its_break_alone_is_missing(tmp_path):
+    path, settings = tmp_path / "metrics.jsonl", {"eval_every": 1, "rounds": 3}
+    path.write_text('{"round": 1}\n{"round": 2}\n{"round": 3}')
+    assert files.trim_metrics(path, 2, settings) == [{"round": 1}, {"round": 2}]
+    assert path.read_text() == '{"round": 1}\n{"round": 2}\n'
+    path.write_text('{"round": 1}\n{"round": 2}')
+    with pytest.raises(ValueError, match="lacks lines"):
+        files.trim_metrics(path, 2, settings)
+
+
+def test_the_time_before_a_stop_counts(tmp_path):
+    go(tmp_path, *CNN, "--rounds", "1")
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    saved["totals"]["seconds"] += 1000.0
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    go(tmp_path, "--resume", "--rounds", "2")
+    assert json.loads((tmp_path / "result.json").read_text())["seconds"] > 1000
+
+
+@pytest.mark.parametrize("flags", [
+    [*CNN, "--method", "feddf", "--distillation-steps", "0"], [*ASYNC, "--method", "fedavg"],
+    [*CNN, "--ablate", "in", "prox"], [*CNN, "--partition", "pathological"]])
+def test_flags_that_decide_about_others_do_so_on_resume_too(flags, tmp_path):
+    go(tmp_path, *flags, "--rounds", "1")
+    assert len(go(tmp_path, "--resume", "--rounds", "2")) == 2

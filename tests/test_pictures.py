@@ -72,6 +72,7 @@ def test_the_table_of_a_partition_has_a_row_a_client_and_says_what_is_missing():
     assert rows[2].split() == ["1", "resnet10", "12", ".", "12", "."]
     assert rows[3] == "dropout clients: 1, which alone hold dog"
     assert rows[4].startswith("1 of 3 classes are with no client")
+    assert pictures.partition_table([[1, 2]] * 20, ["cnn"] * 20, ["a", "b"]).count("\n") == 20
     many = pictures.partition_table([[1, 2]] * 20 + [[3, 6]], ["cnn"] * 21, ["a", "b"])
     assert many == "images a client: 3 to 9, mean 3"
 

@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import math
 import pickle
 import platform
 import re
@@ -21,6 +22,7 @@ import torchvision
 import apfl
 import baselines
 import data
+import fedin
 import models
 import run
 from baselines import Flag
@@ -125,6 +127,41 @@ def test_every_setting_of_a_method_reaches_one_of_its_functions():
         assert own - elsewhere <= reached
         assert ("balance" in reached) == ("lambda" in settings)
         assert {"local_epochs", "batch_size"} <= reached
+
+
+def test_workers_are_as_many_as_cores_but_no_more_than_participants(monkeypatch):
+    monkeypatch.setattr(run, "num_cores", lambda: 64)
+    assert run.resolve({"device": "cpu", "clients": 20, "participation": 0.25})["workers"] == 5
+    monkeypatch.setattr(run, "num_cores", lambda: 2)
+    assert run.resolve({"device": "cpu", "clients": 20, "participation": 0.25})["workers"] == 2
+
+
+@pytest.mark.parametrize("wrong", [{"loss": math.inf}, {"kept": {"w": torch.tensor(math.nan)}},
+                                   {"update": [torch.tensor(-math.inf)]}])
+def test_what_is_not_finite_is_noticed_wherever_it_is(wrong):
+    experiment = run.prepare_experiment(run.resolve({"model": "cnn", "train_images": 200}))
+    task = baselines.Task(experiment.clients[3], 1, None)
+    fine = baselines.Result([torch.ones(2)], 1.0, 1, {"w": torch.ones(1)})
+    assert run.train_client(experiment, lambda *_: fine, task) == fine
+    with pytest.raises(FloatingPointError, match="client 3"):
+        run.train_client(experiment, lambda *_: fine._replace(**wrong), task)
+
+
+def test_the_servers_training_has_a_stream_of_its_round():
+    seeds = []
+
+    def distil(server, updates, build, stream):
+        seeds.append(stream(data.GENERATOR_NOISE).initial_seed())
+        return server
+
+    experiment = run.prepare_experiment(run.resolve({"model": "cnn", "train_images": 200}))
+    method = experiment.method._replace(distil=distil, server_update=lambda server, updates: server)
+    experiment = experiment._replace(method=method, train=lambda update, tasks: {
+        task.client.id: baselines.Result(None, 1.0, 1) for task in tasks})
+    server = run.first_progress(experiment).server
+    for t in (1, 2):
+        run.train_round(experiment, t, server, {})
+    assert seeds == [data.torch_stream(0, data.GENERATOR_NOISE, t).initial_seed() for t in (1, 2)]
 
 
 def test_participants_are_rounded_and_at_least_one():
@@ -392,6 +429,17 @@ def test_batches_for_static_statistics_mix_all_clients(monkeypatch):
     assert ((apart - at_once).abs() > 0.1 * at_once).any()
 
 
+def test_dropout_clients_have_no_share_in_static_statistics(monkeypatch):
+    experiment = run.prepare_experiment(run.resolve(
+        {"method": "heterofl", "train_images": 100, "clients": 4, "missing_classes": 0.2}))
+    seen = []
+    monkeypatch.setattr(models, "collect_statistics", lambda model, batches: seen.extend(batches))
+    weights = run.first_progress(experiment).server["weights"]["resnet18-1"]
+    run.predicted_right(experiment, [(0, "resnet18-1", "key", weights)])
+    there = sum(len(client.indices) for client in experiment.clients[:3])
+    assert experiment.dropouts == [3] and sum(map(len, seen)) == there
+
+
 def test_scaffolds_server_counts_the_clients_that_take_part():
     settings = run.resolve({"method": "scaffold", "missing_classes": 0.2})
     bound = run.prepare_experiment(settings).method.server_update.keywords
@@ -650,6 +698,21 @@ def test_a_row_alone_makes_a_flag(monkeypatch, capsys):
                         ("fedavg --warmth 1 --aggregation async --model cnn",
                          "--warmth is not read with --aggregation async")):
         assert hint in refused(capsys, "--method", *flags.split())
+
+
+def test_a_flag_is_read_if_one_of_its_conditions_holds():
+    svhn = {"dataset": "svhn", "data_dir": "x"}
+    assert run.resolve({**svhn, "method": "fedavg"})["data_dir"] == "x"
+    assert run.resolve({**svhn, "method": "apfl"})["data_dir"] == "x"
+    assert run.resolve({"method": "apfl", "semantics": "bert", "data_dir": "x"})["data_dir"] == "x"
+    assert "data_dir" not in run.resolve({"method": "apfl"})
+
+
+def test_no_two_rows_are_of_one_flag_or_method():
+    tables = (baselines, fedin, apfl)
+    assert len(run.FLAGS) == len(run.COMMON) + sum(len(table.FLAGS) for table in tables)
+    assert len(run.METHODS) == sum(len(table.METHODS) for table in tables) == 16
+    assert list(run.FLAGS)[:3] == ["method", "dataset", "setting"]
 
 
 def test_every_default_of_a_row_is_a_value_that_can_be_typed():
