@@ -1205,7 +1205,7 @@ METHODS = {
         client_update=moon_client_update, averages=IN_STEP,
         defaults=FEDAVG.defaults | {"mu": MOON_MU}),
     "fedgen": FEDAVG._replace(
-        paper="Zhu et al. 2021", sends="weights, class counts (gets a generator)", init=fedgen_init,
+        paper="Zhu et al. 2021", sends="weights, class counts; gets a generator", init=fedgen_init,
         download=fedgen_download, client_update=fedgen_client_update, distil=fedgen_distil,
         averages=IN_STEP, defaults=FEDAVG.defaults | APFL_SETTINGS),
     "feddf": FEDAVG._replace(

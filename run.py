@@ -211,10 +211,10 @@ def check_combination(settings: dict) -> None:
         value, good = settings.get(name), works_with(name, METHODS[settings["method"]])
         if name in settings and value not in good:
             others = [key for key, method in METHODS.items() if value in works_with(name, method)]
-            others = others if len(others) < 6 else ["another (see --methods)"]
+            other = f"--method {' or '.join(others)}" if len(others) < 6 else "another --method"
             raise ValueError(f"{typed_as(name)} {value} does not go with --method "
                              f"{settings['method']}: give {typed_as(name)} {' or '.join(good)}, or "
-                             f"--method {' or '.join(others)}")
+                             f"{other} (see --methods)")
     if settings.get("aggregation") == "async" and len(models.MODELS[settings["model"]]) > 1:
         raise ValueError(f"--aggregation async needs one architecture, not --model "
                          f"{settings['model']}: give --model cnn, or one ResNet")
@@ -364,9 +364,9 @@ def describe(experiment: Experiment, server: dict, out: Path) -> None:
          for client in experiment.clients], [client.arch for client in experiment.clients],
         dataset.classes, [dataset.classes[label] for label in experiment.unseen],
         experiment.dropouts))
-    if settings.get("distillation_steps"):
-        images = method.distil.keywords["proxy"].images
-        print(f"the server holds {len(images):,} unlabelled images ({settings['proxy']})")
+    proxy = method.distil and method.distil.keywords.get("proxy")
+    if proxy:
+        print(f"the server holds {len(proxy.images):,} unlabelled images ({settings['proxy']})")
     for arch in experiment.architectures:
         state = models.shapes(arch, *experiment.shape)
         size = sum(tensor.numel() for name, tensor in state.items() if models.is_parameter(name))
