@@ -485,17 +485,17 @@ def test_of_dropout_clients_images_nothing_reaches_the_global_model(tmp_path):
     for name, images in (("plain", arrays["x_train"]),
                          ("noise", np.where(gone[:, None, None], noise, arrays["x_train"]))):
         np.savez(tmp_path / f"{name}.npz", **(arrays | {"x_train": images}))
-        go(tmp_path / name, "--method", "apfl", *FEW, *DROPOUT, "--rounds", "1", "--dataset",
-           str(tmp_path / f"{name}.npz"))
+        go(tmp_path / name, "--method", "apfl", *FEW, *DROPOUT, "--rounds", "1", "--clients", "3",
+           "--train-images", "150", "--dataset", str(tmp_path / f"{name}.npz"))
         states.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True))
     plain, noisy = states
     assert all(torch.equal(a, b) for part in ("weights", "teachers") for a, b in zip(
         models.tensors_in(plain["server"][part]), models.tensors_in(noisy["server"][part])))
     assert all(torch.equal(a, b) for a, b in zip(models.tensors_in(plain["after"]["generator"]),
                                                  models.tensors_in(noisy["after"]["generator"])))
-    assert not torch.equal(plain["after"]["late"][5]["classifier.fc.weight"],
-                           noisy["after"]["late"][5]["classifier.fc.weight"])
-    assert sorted(plain["server"]["teachers"]) == [0, 1, 2, 3, 4]
+    assert not torch.equal(plain["after"]["late"][2]["classifier.fc.weight"],
+                           noisy["after"]["late"][2]["classifier.fc.weight"])
+    assert sorted(plain["server"]["teachers"]) == [0, 1]
 
 
 def test_pictures_know_the_unseen_classes_and_whose_weight_beta_is(tmp_path, monkeypatch):

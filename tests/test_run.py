@@ -270,9 +270,12 @@ def test_aggregation_per_architecture_is_layerwise_where_there_is_one_alone(tmp_
     flags = [*CNN, "--rounds", "2"]
     assert go(tmp_path / "a", *flags, "--aggregation", "per-architecture") == go(tmp_path / "b",
                                                                                  *flags)
-    flags = [*RESNETS, "--method", "fedavg", "--rounds", "1"]
-    assert go(tmp_path / "c", *flags, "--aggregation", "per-architecture") != go(tmp_path / "d",
-                                                                                 *flags)
+    for method in ("fedavg", "fedin", "scaffold", "inclusivefl"):
+        for name, function in (("layerwise", models.layerwise_average),
+                               ("per-architecture", models.per_architecture_average)):
+            bound = baselines.bind(run.METHODS[method], run.resolve({"method": method,
+                                                                     "aggregation": name}))
+            assert bound.server_update.keywords["aggregation"] is function
 
 
 # ------------------------------------------------------------------------------ every baseline
