@@ -546,7 +546,7 @@ def complain(error: object, status: int) -> int:
 
 def train(experiment: Experiment, progress: Progress, history: list[dict], out: Path) -> None:
     """All rounds and stages that are left; history: the lines of metrics.jsonl so far."""
-    settings, before = experiment.settings, time.perf_counter() - progress.totals["seconds"]
+    settings, started = experiment.settings, time.perf_counter() - progress.totals["seconds"]
     title = f"{settings['method']} on {Path(settings['dataset']).stem}"
     pool = ThreadPoolExecutor(settings["workers"], initializer=torch.set_num_threads,
                               initargs=(settings["threads"],))
@@ -569,7 +569,7 @@ def train(experiment: Experiment, progress: Progress, history: list[dict], out: 
                                   predicted_right)
         used = settings["beta"] if settings["beta_on"] == "client" else 1 - settings["beta"]
         pictures.draw_beta(out / "beta.png", betas, curves, used, title)
-    result = files.summarise(history, totals | {"seconds": time.perf_counter() - before})
+    result = files.summarise(history, totals | {"seconds": time.perf_counter() - started})
     files.write_json(out / "result.json", result)
     pictures.draw_curves(out / "curves.png", history, title)
     print(f"\n{pictures.result_text(result)}\nwritten to {out}: "
@@ -583,7 +583,7 @@ def train_rounds(experiment: Experiment, progress: Progress, history: list[dict]
     if settings.get("aggregation") == "async":
         one_round = baselines.filled(apfl.asynchronous_round, settings)
     start = saved = progress.round
-    before = time.perf_counter() - totals["seconds"]
+    started = time.perf_counter() - totals["seconds"]  # as if it had never stopped
     bar = pictures.watch(None, None, "round", settings["rounds"], initial=start)
     try:
         for t in range(start + 1, settings["rounds"] + 1):
@@ -602,7 +602,7 @@ def train_rounds(experiment: Experiment, progress: Progress, history: list[dict]
                 files.append_metrics(out / "metrics.jsonl", line)
                 history.append(line)
                 bar.set_postfix_str(f"accuracy {line['accuracy']:.1f} %, loss {line['loss']:.3f}")
-            totals["seconds"] = time.perf_counter() - before
+            totals["seconds"] = time.perf_counter() - started
             progress = Progress(t, server, memory, totals, line, {})
             if t % settings["checkpoint_every"] == 0 or t == settings["rounds"]:
                 files.save_checkpoint(out, progress)
