@@ -25,7 +25,7 @@ FEW = ("--semantics segments --generator-steps 3 --generator-batch 2 --synthetic
        "--friend-epochs 1 --noise-dim 4").split()
 TWO_OF_THREE = [*CNN, *"--train-images 72 --clients 3 --participation 0.67 --seed 4".split()]
 APFL = [*TWO_OF_THREE, "--method", "apfl", *FEW]
-SMALL = (8, 4), 20  # generator.WIDTHS and apfl.BETA_TEST_IMAGES, for less of the same
+SMALL = (8, 4), 5  # generator.WIDTHS and apfl.BETA_TEST_IMAGES, for less of the same
 DROPOUT = [*FEW_DIGITS, *("--missing-classes 0.2 --train-images 300 --clients 6 --local-epochs 1 "
                           "--model cnn --rounds 2").split()]
 
@@ -59,38 +59,29 @@ def make_small(monkeypatch) -> None:
     monkeypatch.setattr(apfl, "BETA_TEST_IMAGES", SMALL[1])
 
 
-KILLED_AFTER = """
+KILLED_AFTER_LINE = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import apfl, files, generator, run
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def save_checkpoint(out, progress, save=files.save_checkpoint):
-    save(out, progress)
-    if {moment!r} in progress.after:
-        die()
+import files, run
 
 def append_metrics(path, entry, append=files.append_metrics):
     append(path, entry)
-    if {moment!r} == entry["round"]:
-        die()
+    if entry["round"] == {number}:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-files.save_checkpoint, files.append_metrics = save_checkpoint, append_metrics
-generator.WIDTHS, apfl.BETA_TEST_IMAGES = {small!r}
+files.append_metrics = append_metrics
 run.main()
 """
 
 
-def start(out: Path, *flags: str, kill_after: str | int | None = None) -> subprocess.Popen:
+def start(out: Path, *flags: str, killed_after_line: int | None = None) -> subprocess.Popen:
     """A run as a process of its own, which hears Ctrl-C also where the tests run in background.
 
-    kill_after: its last act before it is killed: the checkpoint of a stage, or the line of a round
+    killed_after_line: the round whose line of metrics.jsonl is the last that it does
     """
     program = [str(ROOT / "run.py")]
-    if kill_after is not None:
-        program = ["-c", KILLED_AFTER.format(root=str(ROOT), moment=kill_after, small=SMALL)]
+    if killed_after_line is not None:
+        program = ["-c", KILLED_AFTER_LINE.format(root=str(ROOT), number=killed_after_line)]
     return subprocess.Popen([sys.executable, *program, *flags, "--out", str(out)],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))

@@ -11,6 +11,7 @@ import torch
 import apfl
 import files
 import models
+import run
 from commands import (APFL, ASYNC, CNN, DROPOUT, FEW, config, go, lines, make_small,
                       participants, refused, result, start)
 
@@ -30,16 +31,11 @@ def resumed_is(whole, out: Path) -> bool:
     return go(out, "--resume") == entries and result(out) == final
 
 
-def killed(out: Path, *flags: str, after: str | int) -> dict:
-    """The checkpoint of a run that is killed at a moment; see commands.start."""
-    process = start(out, *flags, kill_after=after)
+def test_killed_between_line_and_checkpoint_a_run_ends_as_if_never_stopped(tmp_path, whole):
+    process = start(tmp_path / "out", *whole[0], killed_after_line=2)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    return torch.load(out / "checkpoint.pt", weights_only=True)
-
-
-def test_killed_between_line_and_checkpoint_a_run_ends_as_if_never_stopped(tmp_path, whole):
-    assert killed(tmp_path / "out", *whole[0], after=2)["round"] == 1
+    assert torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)["round"] == 1
     assert len(lines(tmp_path / "out")) == 2
     assert resumed_is(whole, tmp_path / "out")
 
@@ -137,11 +133,27 @@ def whole_apfl(tmp_path_factory):
         return flags, go(out, *flags), result(out)
 
 
-def test_killed_in_every_stage_and_resumed_a_run_ends_as_if_never_stopped(tmp_path, whole_apfl):
-    flags, stages, out = whole_apfl[0], ["late", "generator", "friends"], tmp_path / "out"
+class Killed(BaseException):
+    """What no code of a run handles."""
+
+
+def test_killed_in_every_stage_and_resumed_a_run_ends_as_if_never_stopped(tmp_path, whole_apfl,
+                                                                          monkeypatch):
+    save, stages, out = files.save_checkpoint, ["late", "generator", "friends"], tmp_path / "out"
+    flags = [*whole_apfl[0], "--out", str(out)]
     for number, stage in enumerate(stages[:2], start=1):
-        assert sorted(killed(out, *flags, after=stage)["after"]) == sorted(stages[:number])
-        flags = ["--resume"]
+        def save_and_die(folder, progress):
+            save(folder, progress)
+            if stage in progress.after:
+                raise Killed
+
+        monkeypatch.setattr(files, "save_checkpoint", save_and_die)
+        with pytest.raises(Killed):
+            run.main(flags)
+        saved = torch.load(out / "checkpoint.pt", weights_only=True)
+        assert sorted(saved["after"]) == sorted(stages[:number])
+        flags = ["--resume", "--out", str(out)]
+    monkeypatch.setattr(files, "save_checkpoint", save)
     assert not (out / "samples.png").exists()  # it was killed before it could draw them
     assert resumed_is(whole_apfl, out) and (out / "samples.png").exists()
 

@@ -63,12 +63,12 @@ def same(a: dict, b: dict) -> bool:
 
 @cache
 def few_digits() -> str:
-    """The path of an .npz of 400 training and 80 test digits, on which evaluation takes no time."""
+    """The path of an .npz of 400 training and 40 test digits, on which evaluation takes no time."""
     digits, folder = data.read_digits(), TemporaryDirectory()
     atexit.register(folder.cleanup)
     parts = {}
     for part, images, labels, count in (("train", digits.x_train, digits.y_train, 400),
-                                        ("test", digits.x_test, digits.y_test, 80)):
+                                        ("test", digits.x_test, digits.y_test, 40)):
         rows = data.balanced_subset(labels, count, np.random.default_rng(0))
         parts |= {f"x_{part}": images[rows, 0].numpy(), f"y_{part}": labels[rows].numpy()}
     path = f"{folder.name}/few-digits.npz"
