@@ -32,11 +32,12 @@ from baselines import (APFL_SETTINGS, FEDAVG, By, Experiment, Flag, LabelledUpda
                        figures, round_figures, train_late, with_class_counts)
 from data import (BATCHES, FRIEND_BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, SYNTHETIC,
                   ClientData, samples_per_epoch)
-from generator import (BALANCE, NOISE_DIM, SEMANTICS, SemanticGenerator, class_weights,
+from generator import (BALANCE, DISTANCE, NOISE_DIM, SEMANTICS, SemanticGenerator, class_weights,
                        initial_generator, load_generator, sample, train_generator)
 from models import (State, all_finite, copy_state, interpolate, layerwise_average, num_bytes,
                     share_accuracies)
 
+TEACHER, FRIEND_LABELS = "global", "all"  # readings of Sec. 3.2, see PAPERS.md
 SYNTHETIC_PER_CLASS = 600  # AP-FL Sec. 4.1
 GENERATOR_STEPS = 1000  # not stated
 GENERATOR_BATCH = 16  # n_s, samples a class in a step; 600 are fed in Sec. 4.1
@@ -169,24 +170,30 @@ def asynchronous_round(experiment: Experiment, t: int, server: dict, memory: dic
 
 def apfl_late(experiment: Experiment, server: dict, after: Mapping, *, local_epochs: int,
               batch_size: int) -> dict[int, State]:
-    """A client that never took part localises the global model (Eq. 12): theta_k^l by client."""
-    absent = [client for client in experiment.clients if client.id not in server["teachers"]]
-    return train_late(experiment, server, after, local_epochs=local_epochs, batch_size=batch_size,
-                      who=absent)
+    """Clients without an upload train now: dropouts localise the global model (Eq. 12), theta_k^l.
+
+    A client whose first work is under way when an asynchronous run ends has taken part: it ends
+    that work, and what comes out is its theta_k.
+    """
+    flights = server.get("flights", {})
+    tasks = [Task(client, flights[client.id]["work"], flights[client.id]["received"])
+             if client.id in flights else Task(client, 0, server["weights"][client.arch])
+             for client in experiment.clients if client.id not in server["teachers"]]
+    return train_late(experiment, tasks, local_epochs=local_epochs, batch_size=batch_size)
 
 
 # ---------------------------------------------------------------------------------- memorisation
 
 def apfl_memorise(server: dict, generator: SemanticGenerator, build: Callable[[State], nn.Module],
                   rng: torch.Generator, *, generator_steps: int, generator_batch: int,
-                  balance: float = BALANCE, teacher: str = "clients", of_all: bool = False,
-                  per_pixel: bool = False) -> Iterator[tuple[float, float]]:
-    """Train the generator under the clients' models (Eq. 6-9); yields its two losses by step.
+                  balance: float = BALANCE, teacher: str = TEACHER, distance: str = DISTANCE,
+                  of_all: bool = False) -> Iterator[tuple[float, float]]:
+    """Train the generator under the models' supervision (Eq. 6-9); yields its two losses by step.
 
     build: makes a network of weights
-    teacher: "clients", the last uploads of those that took part (S_n, Eq. 6 and 7), or "global",
-        the global model (Abstract), for every class that one of them holds
-    of_all, per_pixel: see generator.class_weights and generator.diversity_loss
+    teacher: "global", the global model (Abstract, Sec. 3.2), for every class that a client holds
+        who took part; or "clients", the last uploads of those clients (S_n, Eq. 6 and 7)
+    distance, of_all: see generator.diversity_loss and generator.class_weights
     """
     uploads = [server["teachers"][k] for k in sorted(server["teachers"])]
     states = [upload["weights"] for upload in uploads]
@@ -196,11 +203,12 @@ def apfl_memorise(server: dict, generator: SemanticGenerator, build: Callable[[S
     return train_generator(generator, [build(state) for state in states],
                            class_weights(counts, of_all=of_all), rng,
                            generator_steps=generator_steps, generator_batch=generator_batch,
-                           balance=balance, per_pixel=per_pixel)
+                           balance=balance, distance=distance)
 
 
 def apfl_generator(experiment: Experiment, server: dict, after: Mapping, *, noise_dim: int,
-                   generator_steps: int, generator_batch: int, balance: float = BALANCE) -> State:
+                   generator_steps: int, generator_batch: int, balance: float = BALANCE,
+                   teacher: str = TEACHER, distance: str = DISTANCE) -> State:
     """The server trains a new generator: its weights, with the semantics in them.
 
     Raises FloatingPointError if a weight is no longer finite at the end.
@@ -211,7 +219,7 @@ def apfl_generator(experiment: Experiment, server: dict, after: Mapping, *, nois
     build = partial(experiment.network, experiment.clients[0].arch)
     losses = apfl_memorise(server, net, build, stream(GENERATOR_NOISE),
                            generator_steps=generator_steps, generator_batch=generator_batch,
-                           balance=balance)
+                           balance=balance, teacher=teacher, distance=distance)
     bar = experiment.watch(losses, "generator", "step", generator_steps)
     for l_cls, l_diversity in bar:
         bar.set_postfix_str(f"L_cls {l_cls:.3f}, L_diversity {l_diversity:.1f}", refresh=False)
@@ -235,7 +243,7 @@ def friend_label_shares(labels: Tensor, num_classes: int, friend_labels: str) ->
     """What share of the synthetic samples each class gets, (classes,).
 
     labels: the client's own training labels
-    friend_labels: "local", the client's distribution P_k (Sec. 3.2), or "all", every class alike
+    friend_labels: "all", every class alike, or "local", the client's distribution P_k (Sec. 3.2)
     """
     if friend_labels == "all":
         return torch.full((num_classes,), 1 / num_classes)
@@ -246,7 +254,7 @@ def apfl_friend_update(model: nn.Module, optimizer: Optimizer,
                        received: tuple[State, SemanticGenerator], data: ClientData, stream: Stream,
                        *, friend_epochs: int, batch_size: int,
                        synthetic_per_class: int = SYNTHETIC_PER_CLASS,
-                       friend_labels: str = "local") -> Result:
+                       friend_labels: str = FRIEND_LABELS) -> Result:
     """Train the global model on synthetic samples alone: the friend model, which stays here.
 
     received: global weights and the generator
@@ -405,7 +413,8 @@ METHODS = {"apfl": FEDAVG._replace(
     networks="cnn, one ResNet", defaults=FEDAVG.defaults | APFL_SETTINGS | {
         "beta": None, "beta_on": "client", "lambda": BALANCE,
         "semantics": By("dataset", {"digits": "segments", "svhn": "segments"}, "clip"),
-        "word_vectors": None, "friend_labels": "local", "noise_dim": NOISE_DIM,
+        "word_vectors": None, "teacher": TEACHER, "distance": DISTANCE,
+        "friend_labels": FRIEND_LABELS, "noise_dim": NOISE_DIM,
         "synthetic_per_class": By("setting", {"quick": 100}, SYNTHETIC_PER_CLASS),
         "generator_steps": By("setting", {"quick": 150}, GENERATOR_STEPS),
         "generator_batch": By("setting", {"quick": 10}, GENERATOR_BATCH),
@@ -421,8 +430,12 @@ FLAGS = [
          choices=SEMANTICS, file=".npz"),
     Flag("word_vectors", str, "of --semantics word2vec: a text file, a word and its numbers a line",
          when={"semantics": ["word2vec"]}),
-    Flag("friend_labels", str, "labels of synthetic samples: as the client's own are distributed "
-         "(Sec. 3.2), or every class alike", choices=("local", "all")),
+    Flag("teacher", str, "who supervises the generator: the global model (Abstract, Sec. 3.2), or "
+         "the clients' (Eq. 6)", choices=("global", "clients")),
+    Flag("distance", str, "between samples in Eq. 8: a pixel's root mean square, or L2 as printed",
+         choices=("rms", "l2")),
+    Flag("friend_labels", str, "labels of synthetic samples: every class alike, or as the client's "
+         "own are distributed (Sec. 3.2)", choices=("all", "local")),
     Flag("noise_dim", int, "length of z, Fig. 5", low=1),
     Flag("synthetic_per_class", int, "samples of a friend model, a class on average", low=1),
     Flag("generator_steps", int, "steps of generator training (not stated)", low=1),

@@ -48,10 +48,12 @@ from generator import (class_weights, initial_latent_generator, load_latent_gene
                        sample_latents, train_latent_generator)
 from models import (State, average, block_of, copy_state, extract, index_sets, interpolate,
                     is_parameter, layerwise_average, load_network, num_bytes,
-                    per_architecture_average, predict_logits, representation, shapes, with_exits)
+                    per_architecture_average, predict, predict_logits, representation, shapes,
+                    with_exits)
 
 FEDPROX_MU = 0.1  # mu; FedIN prints mu/2 = 0.05 for FedProx and for itself (Sec. 5.1)
 FEDPROX_MU_APFL = 0.01  # mu in AP-FL's setting, where the paper gives none
+FINETUNE_EPOCHS = 20  # of FedAvg-FT; AP-FL, Sec. 4.1, has 20 local epochs and no number of its own
 MOON_MU = 1.0  # mu; MOON's own for CIFAR-10 is 5
 MOON_TEMPERATURE = 0.5  # tau
 INCO_STEP_LIMIT = 5.0  # of theta, in the released code of InCo
@@ -68,6 +70,7 @@ FEDGEN_BATCH = 32  # latents a step, on the server as on a client
 DISTILLATION_STEPS = 500  # FedDF's released code has up to 10,000
 DISTILLATION_BATCH = 64  # proxy images a step
 DISTILLATION_LR = 1e-3  # of Adam, in the first step
+DISTILLATION_CHECK = 50  # steps from one look at the student to the next; as released: 100
 DISTILLATION_CLIP = 5.0  # of the gradient's norm
 
 Stream = Callable[[int], torch.Generator]
@@ -125,7 +128,7 @@ class Method(NamedTuple):
     """A method's functions, what is said of it, and the flags that it reads.
 
     Keyword-only arguments of the functions are filled in from the flags of the same names, but
-    aggregation is a function, balance is --lambda, proxy the images, owners client -> architecture.
+    aggregation is a function, balance is --lambda, proxy images, owners clients that take part.
     Stages come after the last round, in order, "late" first, which gives each client's weights;
     after holds the outcomes of those before, by name.
     """
@@ -337,17 +340,19 @@ def add_proximal_gradient(model: nn.Module, reference: State, mu: float) -> None
 
 # ------------------------------------------------------------------------ FedAvg-FT (of AP-FL)
 
-def train_late(experiment: Experiment, server: dict, after: Mapping, *, local_epochs: int,
-               batch_size: int, who: Sequence[Client] | None = None) -> dict[int, State]:
-    """Clients fine-tune the final global model, as in a round but sending nothing (Sec. 4.1).
-
-    who: these clients; None: all of them.  Returns client id -> what it keeps, its weights.
-    """
+def train_late(experiment: Experiment, tasks: Sequence[Task], *, local_epochs: int,
+               batch_size: int) -> dict[int, State]:
+    """After the last round clients train as in one, but send nothing: their weights by client."""
     update = partial(fedavg_client_update, local_epochs=local_epochs, batch_size=batch_size)
-    who = experiment.clients if who is None else who
-    tasks = [Task(client, 0, server["weights"][client.arch]) for client in who]
     results = experiment.train(update, tasks, "late training")
     return {k: result.update.weights for k, result in results.items()}
+
+
+def fedavg_ft_late(experiment: Experiment, server: dict, after: Mapping, *, finetune_epochs: int,
+                   batch_size: int) -> dict[int, State]:
+    """Every client fine-tunes the final global model, once (AP-FL, Sec. 4.1)."""
+    tasks = [Task(client, 0, server["weights"][client.arch]) for client in experiment.clients]
+    return train_late(experiment, tasks, local_epochs=finetune_epochs, batch_size=batch_size)
 
 
 # -------------------------------------------------------------------------------------------- Local
@@ -453,13 +458,14 @@ def scaffold_client_update(model: nn.Module, optimizer: Optimizer, received: Sca
 
 
 def scaffold_server_update(server: dict, updates: Mapping[int, ScaffoldUpdate], *,
-                           owners: Mapping[int, str], aggregation: Callable = layerwise_average,
+                           owners: Mapping[int, Client], aggregation: Callable = layerwise_average,
                            uniform: bool = False, server_lr: float = 1.0) -> dict:
     """x <- x + server_lr mean(y - x);  c <- c + (sum of changes) / N (Algorithm 1, lines 16-17).
 
-    owners: every client that takes part, drawn or not -> its architecture
-    N counts the owners of a layer.  So c stays the mean of the c_k over them; with all clients for
-    N it would not, for layers that only some own.
+    owners: every client that takes part, drawn or not, by id
+    Clients count by their n_k in both lines, and N is the sum of n_k over the owners of a layer, so
+    that c stays the weighted mean of the c_k over them.  uniform counts all alike, as Algorithm 1
+    does.  (Weights by n_k with variates alike would find the optimum of clients that count alike.)
     """
     def step(old: State, uploads: Mapping, counts: Mapping, *, uniform: bool) -> State:
         mean = average(old, uploads, counts, uniform=uniform)
@@ -471,8 +477,11 @@ def scaffold_server_update(server: dict, updates: Mapping[int, ScaffoldUpdate], 
         return {name: c + change[name] for name, c in old.items()}
 
     changes = {k: update.change for k, update in updates.items()}
-    counts = dict.fromkeys(changes, 1)
-    not_drawn = Counter(arch for k, arch in owners.items() if k not in updates)
+    counts = {k: 1 if uniform else update.num_samples for k, update in updates.items()}
+    not_drawn = Counter()
+    for k, owner in owners.items():
+        if k not in updates:
+            not_drawn[owner.arch] += 1 if uniform else len(owner.indices)
     for number, (arch, count) in enumerate(not_drawn.items(), start=1):
         # One of them, counted so many times, stands for all: their variates change by nothing.
         changes[-number] = dict.fromkeys(server["variates"][arch], torch.zeros(()))
@@ -652,17 +661,14 @@ def stage_depths(state: State) -> dict[str, int]:
             for stage in dict.fromkeys(stage for stage, _, _ in places)}
 
 
-def top_blocks(weights: Mapping[str, State]) -> dict[str, dict[str, tuple[range, str]]]:
-    """What learns from what: architecture -> stage -> (blocks, the next larger architecture).
+def own_part(state: State) -> tuple[str, ...]:
+    """How the names of those weights begin that InclusiveFL's architectures do not share.
 
-    In a stage in which the next larger architecture has more blocks, the first of `blocks` is the
-    smaller one's last, its top block; it learns from all of them in the larger one.
-    weights: by architecture, small to large
+    The classifier, and of a ResNet the last block, its top block.
     """
-    depths = {arch: stage_depths(state) for arch, state in weights.items()}
-    return {arch: {stage: (range(depth - 1, depths[larger][stage]), larger)
-                   for stage, depth in depths[arch].items() if depths[larger][stage] > depth}
-            for arch, larger in pairwise(depths)}
+    depths = stage_depths(state)
+    top = [f"{stage}.{depths[stage] - 1}." for stage in list(depths)[-1:]]
+    return ("classifier.", *top)
 
 
 def momentum_from(gradients: State, stage: str, blocks: range) -> State:
@@ -685,20 +691,19 @@ def momentum_from(gradients: State, stage: str, blocks: range) -> State:
 def inclusivefl_server_update(server: dict, updates: Mapping[int, Update], *,
                               aggregation: Callable = layerwise_average, uniform: bool = False,
                               momentum: float = INCLUSIVE_MOMENTUM) -> dict:
-    """Shared layers are averaged; top blocks of smaller networks are their own, learn by momentum.
+    """Shared layers are averaged; each network has its own top block, which learns by momentum.
 
-    For the last block d_a - 1 of architecture a in a stage where the next larger one, b, has more:
-    x <- x - (momentum m + (1 - momentum) G_a), where G_a = x - mean y over the clients of a, and
-    m = the mean of G_b over b's blocks d_a - 1 to d_b - 1.  (The released code overwrites m where
-    it should add.)  Where there is no m, as without clients of b, x becomes the mean of y; without
-    clients of a it stays.  Buffers of batch normalisation have no gradient, so no m.
+    For the last block d_a - 1 of architecture a, where the next larger one, b, has d_b in that
+    stage:  x <- x - (momentum m + (1 - momentum) G_a),  where G_a = x - mean y over the clients of
+    a, and m = the mean of G_b over b's blocks d_a - 1 to d_b - 1.  (The released code overwrites m
+    where it should add.)  Where there is no m, as without clients of b, x becomes the mean of y;
+    without clients of a it stays.  Buffers of batch normalisation have no gradient, so no m.
     """
-    weights, tops = server["weights"], top_blocks(server["weights"])
-    sender = senders(weights, updates)
+    weights, sender = server["weights"], senders(server["weights"], updates)
+    own = {arch: own_part(state) for arch, state in weights.items()}
 
-    def own_name(arch: str, name: str) -> str:  # under which a top block is shared with no other
-        own = tuple(f"{stage}.{blocks[0]}." for stage, (blocks, _) in tops.get(arch, {}).items())
-        return f"{name} of {arch}" if name.startswith(own) else name
+    def own_name(arch: str, name: str) -> str:  # which is no other architecture's
+        return f"{name} of {arch}" if name.startswith(own[arch]) else name
 
     def renamed(arch: str, state: State) -> State:
         return {own_name(arch, name): tensor for name, tensor in state.items()}
@@ -711,15 +716,17 @@ def inclusivefl_server_update(server: dict, updates: Mapping[int, Update], *,
            for arch, state in weights.items()}
     apart = fedavg_server_update(server, updates, aggregation=per_architecture_average,
                                  uniform=uniform)["weights"]
-    for arch, stages in tops.items():
-        for stage, (blocks, larger) in stages.items():
-            if not {arch, larger} <= set(sender.values()):
-                continue
-            gradients = {name: x - apart[larger][name] for name, x in weights[larger].items()
-                         if is_parameter(name)}  # G_b
-            for name, m in momentum_from(gradients, stage, blocks).items():
-                # new holds x - G_a as yet
-                new[arch][name] = torch.lerp(new[arch][name], weights[arch][name] - m, momentum)
+    for arch, larger in pairwise(weights):
+        if not {arch, larger} <= set(sender.values()):
+            continue
+        depths, of_larger = stage_depths(weights[arch]), stage_depths(weights[larger])
+        top = list(depths)[-1]
+        gradients = {name: x - apart[larger][name] for name, x in weights[larger].items()
+                     if is_parameter(name)}  # G_b
+        m = momentum_from(gradients, top, range(depths[top] - 1, of_larger[top]))
+        for name, mean_gradient in m.items():  # new holds x - G_a as yet
+            new[arch][name] = torch.lerp(new[arch][name], weights[arch][name] - mean_gradient,
+                                         momentum)
     return {**server, "weights": new}
 
 
@@ -849,7 +856,7 @@ def scalefl_download(server: dict, client: Client, stream: Stream, *, rounds: in
 
     Self-distillation begins after a share warm_up of all rounds; when --rounds grow, later.
     """
-    return Scaled(submodel(server, client.arch), server["round"] >= warm_up * rounds)
+    return Scaled(submodel(server, client.arch), server["round"] > warm_up * rounds)
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -1017,18 +1024,19 @@ def feddf_server_update(server: dict, updates: Mapping[int, Update], *,
 
 
 def feddf_distil(server: dict, updates: Mapping[int, Update], build: Callable, stream: Stream, *,
-                 proxy: ClientData | None, distillation_steps: int = DISTILLATION_STEPS,
-                 temperature: float = 1.0, batch: int = DISTILLATION_BATCH,
-                 step_size: float = DISTILLATION_LR,
-                 clip: float | None = DISTILLATION_CLIP) -> dict:
+                 proxy: ClientData | None = None, validation: ClientData | None = None,
+                 distillation_steps: int = DISTILLATION_STEPS, temperature: float = 1.0,
+                 batch: int = DISTILLATION_BATCH, step_size: float = DISTILLATION_LR,
+                 clip: float | None = DISTILLATION_CLIP, check: int = DISTILLATION_CHECK) -> dict:
     """Distil the clients' mean logits on proxy images into the averaged models (Algorithms 1, 3).
 
     build: (architecture, weights) -> a network
     proxy: unlabelled images; its labels are not read
+    validation: labelled images.  Of the average, and the student after every check steps and the
+        last, the one counts that is best on them, as released; None: the last
     batch: proxy images a step;  step_size: Adam's learning rate, which falls along a cosine to 0
     Every architecture has a student, which begins with the average of its own clients, and they all
-    have all clients for teachers, and the same batches.  (The released code stops early, by a
-    validation set.)
+    have all clients for teachers, and the same batches.
     """
     if distillation_steps == 0:
         return server
@@ -1036,19 +1044,31 @@ def feddf_distil(server: dict, updates: Mapping[int, Update], build: Callable, s
     labelled = proxy._replace(labels=mean_logits(build, server["weights"], updates, proxy))
     new = {}
     for arch, weights in server["weights"].items():
-        student = build(arch, weights).train()
+        student = build(arch, weights)
+        best, new[arch] = num_right(student, validation), weights
         optimizer = torch.optim.Adam(student.parameters(), lr=step_size, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, distillation_steps)
         enough = batches(labelled, batch, distillation_steps, stream(PROXY_BATCHES))
-        for x, teacher in islice(enough, distillation_steps):
-            loss = distillation_loss(student(x), teacher, temperature)
+        for step, (x, teacher) in enumerate(islice(enough, distillation_steps), start=1):
+            loss = distillation_loss(student.train()(x), teacher, temperature)
             optimizer.zero_grad()
             loss.backward()
             clip_gradient(student, clip)
             optimizer.step()
             schedule.step()
-        new[arch] = copy_state(student)
+            if step % check == 0 or step == distillation_steps:
+                right = num_right(student, validation)
+                if right >= best:
+                    best, new[arch] = right, copy_state(student)
     return {**server, "weights": new}
+
+
+def num_right(model: nn.Module, data: ClientData | None) -> int:
+    """How many of some images a network recognises, in evaluation mode; of no images none."""
+    if data is None:
+        return 0
+    predicted = predict(model, data.images[data.indices], data.prepare)
+    return int((predicted == data.labels[data.indices]).sum())
 
 
 # ----------------------------------------------------------------------------------- what a flag is
@@ -1187,8 +1207,9 @@ METHODS = {
         server_update=local_server_update, has_server=False, averages=(), defaults=APFL_SETTINGS),
     "fedavg": FEDAVG,
     "fedavg-ft": FEDAVG._replace(
-        paper="AP-FL, Sec. 4.1", keeps="its model, at the end", stages={"late": train_late},
-        defaults=FEDAVG.defaults | APFL_SETTINGS),
+        paper="AP-FL, Sec. 4.1", keeps="its model, at the end", stages={"late": fedavg_ft_late},
+        defaults=FEDAVG.defaults | APFL_SETTINGS | {
+            "finetune_epochs": By("setting", {"quick": 5}, FINETUNE_EPOCHS)}),
     "fedprox": FEDAVG._replace(
         paper="Li et al. 2020", client_update=fedprox_client_update,
         defaults=FEDAVG.defaults | {"mu": By("setting", {"apfl": FEDPROX_MU_APFL}, FEDPROX_MU)}),
@@ -1227,6 +1248,8 @@ METHODS = {
         paper="Chan et al. 2024", server_update=inco_server_update, averages=IN_STEP),
 }
 FLAGS = [
+    Flag("finetune_epochs", int, "epochs of each client after the last round (AP-FL Sec. 4.1)",
+         low=0),
     Flag("mu", float, "fedprox, fedin: weight of the proximal term (FedIN Eq. 3 and Sec. 5.1: mu/2 "
          "= 0.05; AP-FL: not stated); moon: of the contrastive loss (its own: 5)", low=0),
     Flag("proxy", str, "the server's unlabelled images: ones that no client has, noise, or yours",

@@ -31,7 +31,8 @@ MIN_IMAGES = 10  # a client under the Dirichlet partition; the usual rule of the
 MAX_REDRAWS = 10_000  # of a Dirichlet partition, before giving up
 PROXIES = ("holdout", "noise")  # unlabelled images of a server, besides those of an .npz
 PROXY_IMAGES = 5000  # that it holds at most
-PROXY_SHARE = 0.1  # of the training images, set aside for it where a subset leaves none over
+VALIDATION_IMAGES = 1000  # labelled ones that it chooses a student by, at most
+SERVER_SHARE = 0.1  # of the training images, for each of them where a subset leaves none over
 
 # What a random stream is for.  The numbers enter every seed, so they are part of every result:
 # append new ones, never renumber.
@@ -69,7 +70,8 @@ class Shared(NamedTuple):
     seen: list[int]  # classes that clients hold that take part
     unseen: list[int]  # classes that dropout clients alone hold
     statistics: tuple[Tensor, Tensor]  # mean and deviation of a channel, of clients that take part
-    proxy: Tensor | None  # unlabelled images that the server holds, uint8
+    proxy: Tensor | None  # unlabelled images that the server holds, uint8,
+    validation: tuple[Tensor, Tensor] | None  # and labelled ones, with their labels
 
 
 # ----------------------------------------------------------------------------------- random streams
@@ -293,12 +295,14 @@ def first_line(error: BaseException) -> str:
 # ------------------------------------------------------------------------- which images a run uses
 
 def choose_images(labels: Tensor, seed: int, *, train_images: int | None = None,
-                  hold_out: bool = False) -> tuple[Tensor, Tensor]:
-    """Indices of the training images that the clients share, and of those that the server holds.
+                  proxy: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the training images that the clients share, and of two parts that the server has.
 
     train_images: how many the clients get, a class-balanced subset; None: all
-    hold_out: whether the server holds any.  They are among those that the subset leaves over; where
-        these are fewer than PROXY_SHARE of the clients' images, the clients give up some of theirs
+    proxy: None: the server has none.  Else it has some to validate with, and if this is "holdout"
+        also to distil on.  Both are among those that the subset leaves over; where these are fewer
+        than SERVER_SHARE of the clients' images for each, the clients give up some of theirs
+    Returns the clients' images, those to distil on, and those to validate with.
     Raises ValueError if there are fewer images than asked for.
     """
     chosen = torch.arange(len(labels))
@@ -307,29 +311,27 @@ def choose_images(labels: Tensor, seed: int, *, train_images: int | None = None,
             raise ValueError(f"--train-images {train_images} is more than the {len(labels)} "
                              "training images there are")
         chosen = balanced_subset(labels, train_images, numpy_stream(seed, SUBSET))
-    if not hold_out:
-        return chosen, chosen[:0]
+    if proxy is None:
+        return chosen, chosen[:0], chosen[:0]
     order = torch.from_numpy(numpy_stream(seed, PROXY).permutation(len(labels)))
     is_chosen = torch.isin(order, chosen)
-    left_over = order[~is_chosen]
-    size = min(PROXY_IMAGES, max(len(left_over), round(PROXY_SHARE * len(chosen))))
-    held_out = torch.cat([left_over, order[is_chosen]])[:size]
-    return chosen[~torch.isin(chosen, held_out)], held_out
+    share, left_over = round(SERVER_SHARE * len(chosen)), int((~is_chosen).sum())
+    validation = min(VALIDATION_IMAGES, share)
+    distilled = min(PROXY_IMAGES, max(left_over - validation, share)) if proxy == "holdout" else 0
+    order = torch.cat([order[~is_chosen], order[is_chosen]])[:distilled + validation]
+    return chosen[~torch.isin(chosen, order)], order[:distilled], order[distilled:]
 
 
-def proxy_images(proxy: str, loaded: Dataset, held_out: Tensor, unseen: list[int],
-                 seed: int) -> Tensor:
-    """The unlabelled images that a server holds, uint8 (N, C, 32, 32).
+def proxy_images(proxy: str, loaded: Dataset, held_out: Tensor, seed: int) -> Tensor:
+    """The unlabelled images that a server distils on, uint8 (N, C, 32, 32).
 
     proxy: "holdout", training images that no client has; "noise"; or the path of an .npz
-    held_out: their indices, from choose_images, for "holdout"; those of unseen classes are left
-        out, since nothing of dropout clients' classes may reach the server
+    held_out: their indices, from choose_images, for "holdout"
     Raises ValueError if there are none that fit.
     """
     channels, rng = loaded.x_train.shape[1], numpy_stream(seed, PROXY)
     if proxy == "holdout":
-        images = loaded.x_train[held_out[~torch.isin(loaded.y_train[held_out],
-                                                     torch.tensor(unseen, dtype=torch.int64))]]
+        images = loaded.x_train[held_out]
     elif proxy == "noise":
         shape = (min(PROXY_IMAGES, len(loaded.y_train)), channels, IMAGE_SIZE, IMAGE_SIZE)
         images = torch.from_numpy(rng.integers(256, size=shape, dtype=np.uint8))
@@ -359,16 +361,17 @@ def balanced_subset(labels: Tensor, count: int, rng: np.random.Generator) -> Ten
 def share_out(whole: Dataset, num_clients: int, seed: int, *, train_images: int | None = None,
               partition: str = "dirichlet", alpha: float = 0.5, classes_per_client: int = 2,
               missing_classes: float | None = None, proxy: str | None = None) -> Shared:
-    """Share a data set out among clients, and with proxy unlabelled images to the server.
+    """Share a data set out among clients, and with proxy images of its own to the server.
 
-    train_images: see choose_images;  proxy: see proxy_images
-    partition: "iid", "dirichlet" (with alpha) or "pathological" (with classes_per_client)
+    train_images, proxy: see choose_images and proxy_images.  The server's images are of classes
+        that clients have who take part: nothing of dropout clients' classes may reach it
+    partition: "iid", "dirichlet" (with alpha) or "pathological"
+    classes_per_client: of "pathological" and the dropout setting, see classes_each
     missing_classes: AP-FL's dropout setting instead, see partition_dropout; in all others nobody
         drops out.  Of dropout clients' images nothing is used, not even for the statistics
     Raises ValueError if the images cannot be shared out so, or a client gets fewer than two.
     """
-    chosen, held_out = choose_images(whole.y_train, seed, train_images=train_images,
-                                     hold_out=proxy == "holdout")
+    chosen, *held_out = choose_images(whole.y_train, seed, train_images=train_images, proxy=proxy)
     data = whole
     if len(chosen) < len(whole.y_train):
         data = whole._replace(x_train=whole.x_train[chosen], y_train=whole.y_train[chosen])
@@ -378,7 +381,8 @@ def share_out(whole: Dataset, num_clients: int, seed: int, *, train_images: int 
                          "the two that it needs: use fewer --clients or more images")
     rng, dropouts = numpy_stream(seed, PARTITION), []
     if missing_classes is not None:
-        parts, dropouts = partition_dropout(labels, num_clients, missing_classes, rng)
+        parts, dropouts = partition_dropout(labels, num_clients, missing_classes,
+                                            classes_per_client, rng)
     elif partition == "iid":
         parts = partition_iid(labels, num_clients, rng)
     elif partition == "dirichlet":
@@ -392,10 +396,13 @@ def share_out(whole: Dataset, num_clients: int, seed: int, *, train_images: int 
     taking_part = torch.cat([part for k, part in enumerate(parts) if k not in dropouts])
     seen, held = (labels[rows].unique().tolist() for rows in (taking_part, torch.cat(parts)))
     unseen = [label for label in held if label not in seen]
+    distilled, validation = (rows[torch.isin(whole.y_train[rows], torch.tensor(seen))]
+                             for rows in held_out)
     return Shared(data, parts, share_test(data.y_test, labels, parts,
                                           numpy_stream(seed, TEST_SHARES)),
                   dropouts, seen, unseen, channel_statistics(data.x_train, taking_part),
-                  None if proxy is None else proxy_images(proxy, whole, held_out, unseen, seed))
+                  None if proxy is None else proxy_images(proxy, whole, distilled, seed),
+                  None if proxy is None else (whole.x_train[validation], whole.y_train[validation]))
 
 
 def on_device(value: object, device: str | torch.device) -> object:
@@ -460,30 +467,47 @@ def partition_pathological(labels: Tensor, num_clients: int, classes_per_client:
     return deal_classes(labels, holders, num_clients, rng)
 
 
-def partition_dropout(labels: Tensor, num_clients: int, missing: float,
+def classes_each(num_classes: int, missing: float | None) -> int:
+    """gamma where it is not given: 2, but in the dropout setting at least a fifth of the classes.
+
+    missing: see partition_dropout, None: another setting
+    Ten clients of two classes each, as in the paper's Table 1, could not hold a hundred classes.
+    """
+    return 2 if missing is None else max(2, -(-num_classes // 5))
+
+
+def partition_dropout(labels: Tensor, num_clients: int, missing: float, classes_per_client: int,
                       rng: np.random.Generator) -> tuple[list[Tensor], list[int]]:
-    """AP-FL's dropout setting: two classes a client; the last classes sit with dropout clients.
+    """AP-FL's dropout setting: every client holds gamma classes; the last ones drop out.
 
     missing: the share of the C classes that clients who take part lack (MC in the paper's Table 3);
         the round(missing C) last classes, at least one, are those
-    Each dropout client, the last ones by id, holds two of the last classes.  If the number of
-    missing classes is odd, the class before them sits with a dropout client too, and with others.
+    classes_per_client: gamma
+    The missing classes sit with as few dropout clients, the last ones by id, as can hold them.  If
+    these have places left, the classes before sit with them too, and with others.  Clients that
+    take part share all other classes as in partition_pathological.
     Returns the parts, as partition_pathological does, and the ids of the dropout clients.  Ten
-    clients, ten classes and a share of 0.2 are the paper's Table 1: one of them alone holds 8, 9.
-    Raises ValueError if too few classes or clients are left.
+    clients, ten classes, gamma 2 and a share of 0.2 are the paper's Table 1: one of them alone
+    holds 8 and 9.  Raises ValueError if too few classes or clients are left.
     """
     num_classes = int(labels.max()) + 1
     num_missing = max(1, round(missing * num_classes))
-    num_dropouts = -(-num_missing // 2)
+    num_dropouts = -(-num_missing // classes_per_client)
     num_seen, num_others = num_classes - num_missing, num_clients - num_dropouts
     if num_seen < 2 or num_others < 1:
         raise ValueError(f"--missing-classes {missing:g} leaves {num_seen} of {num_classes} "
                          f"classes to {max(0, num_others)} of {num_clients} clients: at least two "
                          "classes and one client must take part")
-    holders = assign_classes(num_seen, num_others, 2, rng) + [[] for _ in range(num_missing)]
+    if classes_per_client > num_seen:
+        raise ValueError(f"--classes-per-client {classes_per_client} is more than the {num_seen} "
+                         f"classes that --missing-classes {missing:g} leaves to clients who take "
+                         f"part: give at most {num_seen}")
+    holders = assign_classes(num_seen, num_others, classes_per_client, rng)
+    holders += [[] for _ in range(num_missing)]
     dropouts = list(range(num_others, num_clients))
     for place, client in enumerate(reversed(dropouts)):
-        for label in (num_classes - 2 * place - 2, num_classes - 2 * place - 1):
+        end = num_classes - place * classes_per_client
+        for label in range(end - classes_per_client, end):
             holders[label].append(client)
     return deal_classes(labels, holders, num_clients, rng), dropouts
 
@@ -609,6 +633,12 @@ def augment(images: Tensor, mean: Tensor, deviation: Tensor, kind: Augmentation,
     in_rows = (rows >= top) & (rows < top + kind.hole)  # (B, H)
     in_columns = (columns >= left) & (columns < left + kind.hole)  # (B, W)
     return x.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
+
+
+def whole_of(images: Tensor, labels: Tensor, statistics: tuple[Tensor, Tensor]) -> ClientData:
+    """All of some images, as a client has its own; labels may be anything of as many rows."""
+    rows = torch.arange(len(images), device=images.device)
+    return ClientData(images, labels, rows, preparation(statistics))
 
 
 def samples_per_epoch(count: int, batch_size: int) -> int:

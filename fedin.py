@@ -35,6 +35,7 @@ from models import State, copy_state, layerwise_average
 MU = 0.1  # mu, Sec. 5.1: "mu/2 ... is 0.05"
 MULTIPLIER = 1.0  # lambda, Sec. 4.2
 NOISE_LEVEL = 0.8  # of FedIN (+Noise), in standard deviations of the features, Sec. 4.3
+NOISE_ON = "features"  # Sec. 4.3; see PAPERS.md
 FEATURE_BATCH_SIZE = 16  # |S|, Sec. 5.4 and Fig. 6c
 FEATURE_BATCHES = 1  # "sample number", Fig. 6d
 
@@ -144,7 +145,7 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Receiv
                         mu: float = MU, noise: float = 0.0, projection: str = "simplified",
                         feature_batch_size: int = FEATURE_BATCH_SIZE,
                         feature_batches: int = FEATURE_BATCHES, multiplier: float = MULTIPLIER,
-                        noise_in_training: bool = True, in_statistics: str = "batch and running",
+                        noise_on: str = NOISE_ON, in_statistics: str = "batch and running",
                         whole: bool = False) -> Result:
     """Local training and IN training together, then one upload of features (Sec. 4.1 and 4.2).
 
@@ -154,7 +155,7 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Receiv
     noise: level in standard deviations of the features (Sec. 4.3)
     feature_batch_size, feature_batches: rows of a batch of features, and how many batches it sends;
         those received take turns, one a step
-    noise_in_training: True: noise in the forward pass and on what is sent; False: on that alone
+    noise_on: "features", in every forward pass and so on what is sent, or on the "upload" alone
     in_statistics: what batch normalisation does with other clients' features in IN training:
         "batch and running" (plain training mode), "batch" (running statistics unmoved) or "running"
     whole: True: Eq. 12 on all intermediate layers as one vector; False: tensor by tensor
@@ -163,7 +164,7 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Receiv
     """
     reset(model, optimizer, received.weights)
     rng = stream(NOISE)
-    level = noise if noise_in_training else 0.0
+    level = noise if noise_on == "features" else 0.0
     pairs = feature_pairs(received.features, feature_batch_size)
     local_share = {"simplified": multiplier / 2, "exact": 1.0, "sum": 1.0}[projection]
     loss_sum, samples = 0.0, 0
@@ -193,7 +194,7 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Receiv
     features = None
     if feature_batches > 0:
         features = own_features(model, data, feature_batch_size * feature_batches, stream, noise,
-                                noise_in_forward=noise_in_training)
+                                noise_on=noise_on)
     return Result(Update(weights, len(data.indices), features), float(loss_sum), samples)
 
 
@@ -234,13 +235,13 @@ def set_projected_gradients(intermediate: nn.Module, l_in: Tensor, whole: bool) 
 
 @torch.no_grad()
 def own_features(model: nn.Module, data: ClientData, count: int, stream: Stream, noise: float, *,
-                 noise_in_forward: bool = True, training: bool = False) -> Features:
+                 noise_on: str = NOISE_ON, training: bool = False) -> Features:
     """The features (s_in, s_out) of count of the client's own training images (Eq. 4 and 5).
 
     Made after local training, in evaluation mode, or with training in training mode (the model's
     running statistics are then moved; it is scratch).  A client with fewer images sends them all.
     The images are prepared as for training, so --augment changes them too.
-    noise: what is sent carries it; with noise_in_forward s_out is computed from the noisy s_in
+    noise: what is sent carries it; with noise_on "features" s_out is computed from the noisy s_in
     """
     model.train(training)
     order = torch.randperm(len(data.indices), generator=stream(FEATURE_BATCH))[:count]
@@ -248,7 +249,7 @@ def own_features(model: nn.Module, data: ClientData, count: int, stream: Stream,
     rng = stream(FEATURE_NOISE)
     s_in = model.extractor(x)
     noisy_in = add_noise(s_in, noise, rng)
-    s_out = model.intermediate(noisy_in if noise_in_forward else s_in)
+    s_out = model.intermediate(noisy_in if noise_on == "features" else s_in)
     return noisy_in, add_noise(s_out, noise, rng)
 
 
@@ -284,12 +285,14 @@ METHODS = {"fedin": FEDAVG._replace(
     paper="FedIN", sends="weights, features", init=fedin_init, download=fedin_download,
     client_update=fedin_client_update, server_update=fedin_server_update, averages=IN_STEP,
     further_traffic=fedin_further_traffic, defaults=FEDAVG.defaults | {
-        "mu": MU, "noise": 0.0, "projection": "simplified", "ablate": [],
+        "mu": MU, "noise": 0.0, "noise_on": NOISE_ON, "projection": "simplified", "ablate": [],
         "feature_batch_size": FEATURE_BATCH_SIZE, "feature_batches": FEATURE_BATCHES})}
 
 FLAGS = [
     Flag("noise", float, "noise on the features, as a multiple of their standard deviation; FedIN "
          f"(+Noise), Sec. 4.3: {NOISE_LEVEL}", low=0),
+    Flag("noise_on", str, "noise in every forward pass (Sec. 4.3 of Eq. 5 and 6), or on what is "
+         "sent alone", choices=("features", "upload"), unless={"noise": [0]}),
     Flag("projection", str, "gradient alleviation: Eq. 13, Eq. 12, or none",
          choices=("simplified", "exact", "sum")),
     Flag("ablate", list, "leave out IN training, the proximal term, the alleviation (Table 2b)",

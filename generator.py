@@ -17,6 +17,7 @@ lambda      balance       of Eq. 9
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,15 +32,20 @@ from models import drawing_from
 NOISE_DIM = 20  # d_z, the best of those in the paper's Fig. 5
 WIDTHS = (128, 64)  # channels of the generator's convolutions, as in the work it is from
 BALANCE = 0.5  # lambda, AP-FL Sec. 4.1
+DISTANCE = "rms"  # of Eq. 8; not as printed, see PAPERS.md
 LATENT_NOISE_DIM, LATENT_HIDDEN = 64, 512  # of FedGen's generator, whose paper has no such CNN
 LATENT_LR, LATENT_WEIGHT_DECAY = 3e-4, 1e-2  # of Adam, in FedGen's released code (MNIST)
 GENERATOR_LR = 1e-3  # of Adam, as in the work that the network is from (the paper gives none)
+SLICE = 1000  # samples that a training step holds in memory at a time, 1.5 MB each
 SAMPLE_BATCH = 250  # synthetic images made at a time
 HUGE = 1e100  # no embedding has such a number, and its square would overflow
 
 ENCODERS = ("clip", "bert")  # of text, with weights to download
 SEMANTICS = (*ENCODERS, "word2vec", "onehot", "segments")
 PROMPT = "a photo of a {}."  # what CLIP and BERT read; the paper does not state its own
+PROMPTS = {  # of data sets whose class names are no things
+    "digits": "a photo of the handwritten digit {}.", "svhn": "a photo of the house number {}.",
+    "emnist": "a photo of the handwritten letter {}."}
 SEGMENTS = {  # which of the segments a..g of a seven-segment display a digit lights
     "0": "abcdef", "1": "bc", "2": "abdeg", "3": "abcdg", "4": "bcfg", "5": "acdfg",
     "6": "acdefg", "7": "abc", "8": "abcdefg", "9": "abcdfg"}
@@ -136,50 +142,64 @@ def classification_loss(x: Tensor, y: Tensor, teachers: Sequence[Callable[[Tenso
     return total / len(y)
 
 
-def diversity_loss(x: Tensor, *, per_pixel: bool = False) -> Tensor:
+def diversity_loss(x: Tensor, *, distance: str = "l2") -> Tensor:
     """L_diversity, Eq. 8: minus the mean distance between two samples of the same class.
 
     x: (classes, n_s, ...) samples by class, n_s at least 2; the mean of Eq. 8 over classes
-    per_pixel: root mean square instead of L2, which is sqrt(pixels x channels) smaller
+    distance: "l2", as printed, or "rms", the root mean square over pixels and channels, which is
+        sqrt(C H W) smaller
     Two equal samples have the subgradient 0, not NaN.
     """
     flat = x.flatten(2)
-    distance = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
-    if per_pixel:
-        distance = distance / flat.shape[2] ** 0.5
+    distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
+    if distance == "rms":
+        distances = distances / flat.shape[2] ** 0.5
     classes, n_s = flat.shape[:2]
-    return -distance.sum() / (classes * n_s * (n_s - 1))
+    return -distances.sum() / (classes * n_s * (n_s - 1))
 
 
 # ------------------------------------------------------------------------ training and sampling
 
 def train_generator(generator: SemanticGenerator, teachers: Sequence[nn.Module], weights: Tensor,
                     rng: torch.Generator, *, generator_steps: int, generator_batch: int,
-                    balance: float = BALANCE, lr: float = GENERATOR_LR,
-                    per_pixel: bool = False) -> Iterator[tuple[float, float]]:
+                    balance: float = BALANCE, distance: str = DISTANCE,
+                    lr: float = GENERATOR_LR) -> Iterator[tuple[float, float]]:
     """Train the generator without data (Eq. 9), in place; yields L_cls and L_diversity by step.
 
     teachers: the clients' models (Eq. 6), or the global model alone; frozen, in evaluation mode
     weights: (teachers, classes), alpha; a class that has none is skipped, since nobody can judge it
     generator_batch: n_s, samples of each class in a step (the paper feeds 600)
+    A step of more than SLICE samples is made in slices, each with some of the n_s of every class,
+    whose gradients add up.  Batch normalisation and the pairs of Eq. 8 are then those of a slice:
+    of the same expectation, as samples are drawn independently.
     """
     seen = weights.sum(dim=0).nonzero().flatten()
-    y = seen.repeat_interleave(generator_batch)
     for teacher in teachers:
         teacher.eval().requires_grad_(False)
     generator.train()
     optimizer = torch.optim.Adam(generator.parameters(), lr=lr, fused=True)
+    slices = slice_sizes(generator_batch, len(seen))
     for _ in range(generator_steps):
-        z = torch.randn(len(y), generator.noise_dim, generator=rng).to(y.device)
-        x = generator(z, y)
-        l_cls = classification_loss(x, y, teachers, weights)
-        l_diversity = diversity_loss(x.unflatten(0, (len(seen), generator_batch)),
-                                     per_pixel=per_pixel)
         optimizer.zero_grad()
-        (balance * l_cls + (1 - balance) * l_diversity).backward()  # Eq. 9
+        losses = torch.zeros(2, device=seen.device)
+        for size in slices:
+            y = seen.repeat_interleave(size)
+            z = torch.randn(len(y), generator.noise_dim, generator=rng).to(y.device)
+            x = generator(z, y)
+            l_cls = classification_loss(x, y, teachers, weights)
+            l_diversity = diversity_loss(x.unflatten(0, (len(seen), size)), distance=distance)
+            share = size / generator_batch
+            (share * (balance * l_cls + (1 - balance) * l_diversity)).backward()  # Eq. 9
+            losses += share * torch.stack([l_cls, l_diversity]).detach()
         optimizer.step()
-        yield l_cls.item(), l_diversity.item()
+        yield tuple(losses.tolist())
     generator.eval()
+
+
+def slice_sizes(n_s: int, classes: int) -> list[int]:
+    """n_s divided evenly into slices of at most SLICE samples of all classes, at least 2 of each."""
+    count = max(1, min(math.ceil(n_s / max(2, SLICE // classes)), n_s // 2))
+    return [n_s // count + (number < n_s % count) for number in range(count)]
 
 
 @torch.no_grad()
@@ -216,7 +236,7 @@ def load_semantics(classes: Sequence[str], *, semantics: str, dataset: str = "",
     elif semantics in ENCODERS:
         encode = {"clip": clip_embeddings, "bert": bert_embeddings}[semantics]
         cache = Path(data_dir) / f"{semantics}-{Path(dataset).stem}.npz"
-        embeddings = encode_with_cache(encode, classes, cache)
+        embeddings = encode_with_cache(encode, classes, cache, PROMPTS.get(dataset, PROMPT))
     else:
         embeddings = read_embeddings(semantics, classes)
     return standardise_embeddings(embeddings)
@@ -333,12 +353,13 @@ def words_of(name: str) -> list[str]:
 
 
 def encode_with_cache(encode: Callable[[list[str]], np.ndarray], classes: Sequence[str],
-                      cache: Path) -> np.ndarray:
+                      cache: Path, prompt: str = PROMPT) -> np.ndarray:
     """What a text encoder gives for the class names, kept in an .npz from one run to the next.
 
-    It is kept by the text that was encoded, so that another prompt is encoded anew.
+    prompt: a text with {} for the name.  What is kept goes by the text, so that of another prompt is
+    encoded anew.
     """
-    texts = [PROMPT.format(name.replace("_", " ")) for name in classes]
+    texts = [prompt.format(name.replace("_", " ")) for name in classes]
     if cache.exists():
         try:
             return read_embeddings(cache, texts)

@@ -38,6 +38,8 @@ WIDTH_RESNETS = {  # pre-activation nets that are cut by width; the options of W
 }
 RATES = ("1/16", "1/8", "1/4", "1/2", "1")  # widths e to a of HeteroFL's "a1-b1-c1-d1-e1"
 EXITS = (1/2, 5/8, 3/4, 7/8, 1)  # share of the blocks before an exit of ScaleFL, for five levels
+EXIT_RATES = {  # their widths: with these each level has the parameters of HeteroFL's within 5 %
+    "resnet18": ("1/4", "1/3", "1/2", "2/3", "1"), "resnet152": ("1/9", "3/16", "1/3", "3/5", "1")}
 MODELS = {  # what --model offers: the architectures of a federation, small to large
     "cnn": ("cnn",),
     "resnets": tuple(RESNET_BLOCKS),
@@ -246,6 +248,8 @@ class WidthResNet(nn.Module):
             norm=scaled_norm(body[end - 1].width_out, rate), avgpool=nn.AdaptiveAvgPool2d(1),
             flatten=nn.Flatten(), fc=nn.Linear(body[end - 1].width_out, num_classes)))
             for end in ends)
+        for head in self.classifier:
+            nn.init.zeros_(head.fc.bias)  # as in HeteroFL's code
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier[-1](self.intermediate(self.extractor(x)))
@@ -260,8 +264,13 @@ class WidthResNet(nn.Module):
 
 
 def with_exits(architectures: Sequence[str]) -> tuple[str, ...]:
-    """ScaleFL's levels of width-scaled architectures: the wider one is, the more exits it has."""
-    return tuple(f"{arch}-exit{level}" for level, arch in enumerate(architectures, start=1))
+    """ScaleFL's levels in the place of as many width-scaled architectures of one network.
+
+    They end at earlier exits, so they are wider, for the same number of parameters.
+    """
+    net = architectures[-1].split("-")[0]
+    return tuple(f"{net}-{rate}-exit{level}" for level, rate in enumerate(
+        EXIT_RATES[net][-len(architectures):], start=1))
 
 
 def build(arch: str, channels: int, num_classes: int) -> nn.Module:
@@ -301,9 +310,12 @@ def load_network(arch: str, channels: int, num_classes: int, weights: State) -> 
     return model
 
 
-def scratch_network(arch: str, channels: int, num_classes: int, device: torch.device,
-                    optimizer: str, lr: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+def scratch_network(arch: str, channels: int, num_classes: int, device: torch.device, *,
+                    optimizer: str, lr: float, momentum: float = 0.0,
+                    weight_decay: float = 0.0) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A network without weights and its optimiser ("adam" or "sgd"), for client updates.
+
+    momentum, weight_decay: of "sgd"
 
     Memory is laid out channels_last for the CNN alone: that was measured to be worth 1.24 x in its
     training on a CPU, where the ResNets at batch 16 would lose (0.77 x).
@@ -311,8 +323,10 @@ def scratch_network(arch: str, channels: int, num_classes: int, device: torch.de
     model = build_empty(arch, channels, num_classes, device)
     if arch == "cnn":
         model = model.to(memory_format=torch.channels_last)
-    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
-    return model, kind(model.parameters(), lr=lr, fused=True)
+    if optimizer == "adam":
+        return model, torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    return model, torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum,
+                                  weight_decay=weight_decay, fused=True)
 
 
 @functools.cache

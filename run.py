@@ -51,7 +51,7 @@ def by_setting(*values: Any) -> By:
 
 
 RUN, FEDERATION, DATA, MACHINE = "what to run", "federation", "data", "machine and files"  # --help
-ASYNC = {"aggregation": ["async"]}
+ASYNC, SGD = {"aggregation": ["async"]}, {"optimizer": ["sgd"]}
 COMMON = [  # of every method, or of a kind of run; defaults of all may go by the first three
     Flag("method", str, "see --methods", RUN, "fedin", choices=METHODS),
     Flag("dataset", str, "a data set, or the path of your own (README, 'Your own data')", RUN,
@@ -71,6 +71,8 @@ COMMON = [  # of every method, or of a kind of run; defaults of all may go by th
     Flag("lr", float, "learning rate, constant", FEDERATION, by_setting(1e-3, 1e-3, 2e-4), above=0),
     Flag("optimizer", str, "new for every client update", FEDERATION, "adam",
          choices=("adam", "sgd")),
+    Flag("momentum", float, "of sgd", FEDERATION, 0.0, low=0, high=0.999, when=SGD),
+    Flag("weight_decay", float, "of sgd", FEDERATION, 0.0, low=0, when=SGD),
     Flag("model", str, "resnets: ResNet10 to 26, evenly among the clients (FedIN); cnn (AP-FL); "
          "-widths: five widths of one network", FEDERATION,
          by_setting("resnets", "resnets", "cnn"), choices=models.MODELS),
@@ -92,12 +94,12 @@ COMMON = [  # of every method, or of a kind of run; defaults of all may go by th
          "each at least ten", DATA, "dirichlet", choices=("iid", "dirichlet", "pathological")),
     Flag("alpha", float, "of --partition dirichlet, smaller is more skewed (AP-FL: 0.01 to 0.1)",
          DATA, by_setting(0.5, 0.5, 0.1), above=0, when={"partition": ["dirichlet"]}),
-    Flag("classes_per_client", int, "gamma of --partition pathological", DATA, 2, low=1,
+    Flag("classes_per_client", int, "gamma of --partition pathological: 2; with "
+         "--missing-classes at least a fifth of the classes", DATA, None, low=1,
          when={"partition": ["pathological"]}),
-    Flag("missing_classes", float, "dropout setting of AP-FL (Sec. 4.1, Table 1): two classes a "
-         "client, and this share of the classes only with clients that never take part (0.1, 0.2)",
-         DATA, None, above=0, high=1,
-         decides={"": {"partition": "pathological", "classes_per_client": 2}}),
+    Flag("missing_classes", float, "dropout setting of AP-FL (Sec. 4.1, Table 1): pathological, "
+         "this share of the classes only with clients that never take part (0.1, 0.2)", DATA, None,
+         above=0, high=1, decides={"": {"partition": "pathological"}}),
     Flag("augment", bool, "random crop, flip and Cutout; on digits, svhn, emnist Cutout alone",
          DATA, False),
     Flag("data_dir", str, "where downloads are kept", DATA, "data", may_change=True,
@@ -173,7 +175,7 @@ def methods_table() -> str:
 def resolve(typed: dict) -> dict:
     """Every setting of a run: those of --setting, then of its method, then what was typed.
 
-    beta stays None where it depends on the images; prepare_experiment fills it in.
+    What depends on the data (beta, classes_per_client) stays None; prepare_experiment fills it in.
     Raises ValueError if something was typed that the run would not read, or if it cannot run.
     """
     method = METHODS[typed.get("method", FLAGS["method"].default)]
@@ -313,23 +315,25 @@ def prepare_experiment(settings: dict) -> Experiment:
     """
     seed, num_clients, method = settings["seed"], settings["clients"], METHODS[settings["method"]]
     loaded = data.load(settings["dataset"], settings.get("data_dir", "data"))
+    found = {"classes_per_client": data.classes_each(len(loaded.classes),
+                                                     settings["missing_classes"]),
+             "beta": apfl.BETA_COLOUR if loaded.x_train.shape[1] == 3 else apfl.BETA_GRAY}
+    settings = settings | {name: value for name, value in found.items()
+                           if settings.get(name, value) is None}
     proxy = settings.get("proxy") if settings.get("distillation_steps") else None
     share_out = baselines.filled(data.share_out, settings | {"proxy": proxy})
     shared = data.on_device(share_out(loaded, num_clients, seed), settings["device"])
-    if "beta" in settings and settings["beta"] is None:
-        colour = shared.data.x_train.shape[1] == 3
-        settings = settings | {"beta": apfl.BETA_COLOUR if colour else apfl.BETA_GRAY}
     archs = method.architectures(models.MODELS[settings["model"]])
     clients = [Client(k, part, models.architecture_of(k, num_clients, archs))
                for k, part in enumerate(shared.parts)]
-    owners = {client.id: client.arch for client in clients if client.id not in shared.dropouts}
-    if proxy is not None:
-        rows = torch.arange(len(shared.proxy), device=shared.proxy.device)
-        proxy = data.ClientData(shared.proxy, rows, rows, data.preparation(shared.statistics))
+    owners = {client.id: client for client in clients if client.id not in shared.dropouts}
+    held = {} if proxy is None else {
+        "proxy": data.whole_of(shared.proxy, shared.proxy, shared.statistics),
+        "validation": data.whole_of(*shared.validation, shared.statistics)}
     spread = settings.get("speed_spread", apfl.SPEED_SPREAD)
     speeds = spread ** data.numpy_stream(seed, data.SPEEDS).uniform(size=num_clients)
     return Experiment(
-        settings, baselines.bind(method, settings, proxy=proxy, owners=owners), shared.data,
+        settings, baselines.bind(method, settings, owners=owners, **held), shared.data,
         clients, dropouts=shared.dropouts, seen=shared.seen, unseen=shared.unseen,
         test_shares=shared.test_shares, statistics=shared.statistics, speeds=speeds.tolist(),
         idle={arch: [] for arch in archs})
@@ -364,9 +368,10 @@ def describe(experiment: Experiment, server: dict, out: Path) -> None:
          for client in experiment.clients], [client.arch for client in experiment.clients],
         dataset.classes, [dataset.classes[label] for label in experiment.unseen],
         experiment.dropouts))
-    proxy = method.distil and method.distil.keywords.get("proxy")
-    if proxy:
-        print(f"the server holds {len(proxy.images):,} unlabelled images ({settings['proxy']})")
+    held = method.distil.keywords if settings.get("proxy") else {}
+    if held:
+        print(f"the server holds {len(held['proxy'].images):,} unlabelled images "
+              f"({settings['proxy']}) and {len(held['validation'].images):,} labelled ones")
     for arch in experiment.architectures:
         state = models.shapes(arch, *experiment.shape)
         size = sum(tensor.numel() for name, tensor in state.items() if models.is_parameter(name))
@@ -464,8 +469,8 @@ def train_client(experiment: Experiment, update: Callable, task: Task) -> Result
     try:
         model, optimizer = experiment.idle[client.arch].pop()
     except IndexError:  # more clients of this architecture train at this moment than ever before
-        model, optimizer = models.scratch_network(client.arch, *experiment.shape, images.device,
-                                                  settings["optimizer"], settings["lr"])
+        model, optimizer = baselines.filled(models.scratch_network, settings)(
+            client.arch, *experiment.shape, images.device)
     result = update(model, optimizer, task.received, own, stream, *task.kept)
     optimizer.zero_grad()  # frees the gradients while the network waits for its next client
     experiment.idle[client.arch].append((model, optimizer))

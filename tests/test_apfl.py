@@ -85,7 +85,7 @@ def test_the_server_averages_as_fedavg_and_keeps_each_clients_last_upload():
     assert server["teachers"] == {}  # the old state is as it was
 
 
-def test_clients_that_never_took_part_train_late_by_fedavgs_update():
+def test_clients_without_an_upload_train_late_by_fedavgs_update():
     server = apfl.apfl_server_update(apfl.apfl_init({"cnn": weights_of(0)}),
                                      {1: upload(1, [3, 1])})
     own = own_data([0, 1] * 6)
@@ -101,7 +101,18 @@ def test_clients_that_never_took_part_train_late_by_fedavgs_update():
         *scratch(), server["weights"]["cnn"], own,
         lambda purpose: data.torch_stream(0, purpose, 0, 2), **TRAIN).update.weights
     assert same(late[2], by_hand) and not same(late[0], by_hand)
-    assert sorted(baselines.train_late(experiment, server, {}, **TRAIN)) == [0, 1, 2]
+    begun = {"received": weights_of(5), "version": 3, "work": 1, "arrival": 9.0}
+    under_way = apfl.apfl_late(experiment, {**server, "flights": {1: begun, 2: begun}}, {}, **TRAIN)
+    by_hand = baselines.fedavg_client_update(
+        *scratch(), weights_of(5), own,
+        lambda purpose: data.torch_stream(0, purpose, 1, 2), **TRAIN).update.weights
+    assert same(under_way[2], by_hand) and same(under_way[0], late[0])
+    assert sorted(under_way) == [0, 2]
+    tuned = baselines.fedavg_ft_late(experiment, server, {}, finetune_epochs=TRAIN["local_epochs"],
+                                     batch_size=TRAIN["batch_size"])
+    assert sorted(tuned) == [0, 1, 2] and same(tuned[2], late[2])
+    untuned = baselines.fedavg_ft_late(experiment, server, {}, finetune_epochs=0, batch_size=4)
+    assert all(same(state, server["weights"]["cnn"]) for state in untuned.values())
 
 
 # ------------------------------------------------------------------- asynchronous aggregation
@@ -170,7 +181,7 @@ def memorised(server: dict, **options) -> models.State:
 def test_one_client_with_all_data_teaches_as_the_global_model_does():
     update = {4: upload(1, [3, 0, 2, 1, 5, 0, 0, 1, 1, 1])}
     server = apfl.apfl_server_update(apfl.apfl_init({"cnn": weights_of(0)}), update)
-    by_client, by_global = memorised(server), memorised(server, teacher="global")
+    by_client, by_global = memorised(server, teacher="clients"), memorised(server)
     assert same(by_client, by_global)
     assert not same(by_client, models.copy_state(small_generator()))
 
@@ -178,7 +189,7 @@ def test_one_client_with_all_data_teaches_as_the_global_model_does():
 def test_teachers_differ_from_the_global_model_where_there_are_several():
     updates = {k: upload(k, [1 + k] * 10) for k in (1, 2)}
     server = apfl.apfl_server_update(apfl.apfl_init({"cnn": weights_of(0)}), updates)
-    assert not same(memorised(server), memorised(server, teacher="global"))
+    assert not same(memorised(server, teacher="clients"), memorised(server, teacher="global"))
 
 
 # ------------------------------------------------------------------------------ friend models
@@ -197,7 +208,8 @@ def friend(received, own, **options) -> baselines.Result:
 
 def test_a_friend_is_the_global_model_trained_on_synthetic_samples_alone():
     weights, net = weights_of(0), small_generator()
-    result = friend((weights, net), own_data([2] * 6 + [7] * 18), friend_epochs=2)
+    result = friend((weights, net), own_data([2] * 6 + [7] * 18), friend_epochs=2,
+                    friend_labels="local")
 
     rng = stream(data.SYNTHETIC)
     shares = torch.tensor([0, 0, 0.25, 0, 0, 0, 0, 0.75, 0, 0])
@@ -218,9 +230,10 @@ def test_a_friend_is_the_global_model_trained_on_synthetic_samples_alone():
 
 def test_of_a_clients_data_a_friend_reads_the_labels_alone():
     received, labels = (weights_of(0), small_generator()), [2] * 6 + [7] * 18
-    one = friend(received, own_data(labels, seed=0))
-    assert same(one.kept, friend(received, own_data(labels, seed=1)).kept)
-    assert not same(one.kept, friend(received, own_data(labels[::-1] + [1])).kept)
+    one = friend(received, own_data(labels, seed=0), friend_labels="local")
+    assert same(one.kept, friend(received, own_data(labels, seed=1), friend_labels="local").kept)
+    others = friend(received, own_data(labels[::-1] + [1]), friend_labels="local")
+    assert not same(one.kept, others.kept)
     every = friend(received, own_data(labels), friend_labels="all")
     assert same(every.kept, friend(received, own_data([0] * 24), friend_labels="all").kept)
     assert not same(one.kept, every.kept)
@@ -395,8 +408,8 @@ def test_the_curve_over_beta_ends_at_the_friend_and_at_the_clients_own_model(pla
 
 def test_the_stages_hand_their_settings_on(monkeypatch):
     """What the generator's training and a client's friend update are called with."""
-    of_generator = {"generator_steps": 3, "generator_batch": 4}
-    of_friend = {"friend_epochs": 2, "synthetic_per_class": 6, "friend_labels": "all",
+    of_generator = {"generator_steps": 3, "generator_batch": 4, "distance": "l2"}
+    of_friend = {"friend_epochs": 2, "synthetic_per_class": 6, "friend_labels": "local",
                  "batch_size": 7}
     settings = run.resolve({"method": "apfl", "train_images": 100, "partition": "iid",
                             "lambda": 0.8, **of_generator, **of_friend})
@@ -461,11 +474,26 @@ def test_the_curve_over_beta_uses_evenly_spaced_test_images(plain_apfl):
     assert curves["", "accuracy"] == [100]
 
 
+def same_shape_and_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
 @pytest.mark.parametrize("flags", ["--beta 0.9", "--beta-on friend", "--lambda 0.9",
-                                   "--semantics onehot", "--friend-labels all",
-                                   "--generator-steps 5"])
-def test_an_option_of_apfl_makes_a_difference(flags, tmp_path, plain_apfl):
-    assert go(tmp_path, *APFL, "--rounds", "2", *flags.split())[-1] != lines(plain_apfl)[-1]
+                                   "--semantics onehot", "--friend-labels local",
+                                   "--teacher clients", "--distance l2", "--generator-steps 5"])
+def test_an_option_of_apfl_changes_the_stages_and_nothing_else(flags, tmp_path, plain_apfl):
+    go(tmp_path, *APFL, "--rounds", "2", *flags.split())
+    plain, other = (torch.load(folder / "checkpoint.pt", weights_only=True)
+                    for folder in (plain_apfl, tmp_path))
+    for part in ("server", "line"):
+        assert all(map(same_shape_and_bits, models.tensors_in(plain[part]),
+                       models.tensors_in(other[part])))
+    generators, friends = ([models.tensors_in(saved["after"][part]) for saved in (plain, other)]
+                           for part in ("generator", "friends"))
+    assert all(map(same_shape_and_bits, *generators)) == flags.startswith(("--beta", "--friend"))
+    assert all(map(same_shape_and_bits, *friends)) == flags.startswith("--beta")
+    if flags.startswith("--beta"):
+        assert lines(tmp_path)[-1] != lines(plain_apfl)[-1]
 
 
 def test_apfl_works_with_a_resnet_and_with_augmentation(tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from itertools import pairwise
 
 import pytest
 import torch
@@ -196,6 +197,10 @@ def uploads_of(weights: dict, archs, seed: int = 1) -> dict:
          for name, tensor in weights[arch].items()}, 10 + k) for k, arch in enumerate(archs)}
 
 
+def owners_of(archs) -> dict:
+    return {k: client(k, arch) for k, arch in enumerate(archs)}
+
+
 ARCHS = ["resnet10", "resnet14", "resnet18"]
 AGGREGATIONS = [models.layerwise_average, models.per_architecture_average]
 
@@ -241,7 +246,7 @@ def test_the_first_round_of_scaffold_is_fedavgs_with_twice_the_traffic():
     again = baselines.scaffold_client_update(*adam(), down, tiny_data(), stream, ours.kept,
                                              **EPOCHS)
     assert not same(again.update.weights, plain.update.weights)
-    after = baselines.scaffold_server_update(server, {0: ours.update}, owners={0: "tiny"})
+    after = baselines.scaffold_server_update(server, {0: ours.update}, owners={0: client()})
     plain_after = baselines.fedavg_server_update(server, {0: plain.update})
     assert all_same(after["weights"], plain_after["weights"])
 
@@ -489,6 +494,46 @@ def test_feddf_without_steps_is_the_average_and_with_them_nears_the_ensemble():
     assert all_same(again["weights"], after["weights"])  # labels of proxy images are not read
 
 
+def test_of_feddfs_students_the_best_on_held_out_images_counts():
+    server = cnn_server(baselines.fedavg_init)
+    updates = {0: baselines.Update(models.copy_state(models.CNN(1, 3)), 5)}
+    proxy, seen = large_data(count=30, seed=9), []
+
+    def build(arch, weights):
+        net = models.CNN(1, 3)
+        net.load_state_dict(weights)
+        return net
+
+    def students(**options):
+        return baselines.feddf_distil(server, updates, build, stream, proxy=proxy, check=3,
+                                      distillation_steps=10, step_size=0.02, **options)[
+                                          "weights"]["cnn"]
+
+    validation = large_data(count=40, seed=4)
+    by_steps = [server["weights"]["cnn"]]  # the average, and the student after 3, 6, 9 and 10 steps
+
+    class Noted(torch.optim.Adam):
+        def step(self):
+            super().step()
+            seen.append([parameter.detach().clone() for parameter in self.param_groups[0]["params"]])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim, "Adam", Noted)
+        last = students()
+    names = list(models.CNN(1, 3).state_dict())
+    by_steps += [dict(zip(names, seen[step - 1])) for step in (3, 6, 9, 10)]
+    assert same(last, by_steps[-1])  # without held-out images
+    chosen = []
+    for favourite in by_steps[0], by_steps[-1]:
+        labels = models.predict(build("cnn", favourite), validation.images, validation.prepare)
+        judges = validation._replace(labels=labels)
+        right = [baselines.num_right(build("cnn", state), judges) for state in by_steps]
+        best = max(range(5), key=lambda i: (right[i], i))  # the later one of equals
+        assert right[best] == 40 and same(students(validation=judges), by_steps[best])
+        chosen.append(best)
+    assert chosen[0] < chosen[1] == 4
+
+
 def test_arguments_of_stateful_and_of_server_updates_are_unchanged():
     server = baselines.scaffold_init(resnet_states())
     before = copy.deepcopy(server)
@@ -496,7 +541,7 @@ def test_arguments_of_stateful_and_of_server_updates_are_unchanged():
         name: tensor for name, tensor in update.weights.items() if models.is_parameter(name)})
         for k, update in uploads_of(server["weights"], ARCHS).items()}
     sent = copy.deepcopy(updates)
-    baselines.scaffold_server_update(server, updates, owners=dict(enumerate(ARCHS * 2)))
+    baselines.scaffold_server_update(server, updates, owners=owners_of(ARCHS * 2))
     for update in (baselines.inco_server_update, baselines.inclusivefl_server_update):
         update(baselines.fedavg_init(server["weights"]), {k: baselines.Update(*update_[:2])
                                                           for k, update_ in updates.items()})
@@ -521,26 +566,30 @@ def test_arguments_of_stateful_and_of_server_updates_are_unchanged():
                                                      models.tensors_in(held[0])))
 
 
-def test_inclusivefl_keeps_top_blocks_apart_and_shares_the_others():
+def test_inclusivefl_keeps_last_blocks_and_classifiers_apart_and_shares_the_others():
     server = baselines.fedavg_init(resnet_states())
     updates = uploads_of(server["weights"], ARCHS * 2)
     new = baselines.inclusivefl_server_update(server, updates)["weights"]
-    tops = baselines.top_blocks(server["weights"])
-    assert {arch: {stage: (list(blocks), larger) for stage, (blocks, larger) in stages.items()}
-            for arch, stages in tops.items()} == {
-        "resnet10": {"intermediate.layer3": ([0, 1], "resnet14"),
-                     "intermediate.layer4": ([0, 1], "resnet14")},
-        "resnet14": {"intermediate.layer1": ([0, 1], "resnet18"),
-                     "intermediate.layer2": ([0, 1], "resnet18")}}
-    shared, own = "intermediate.layer3.0.conv1.weight", "intermediate.layer1.0.conv1.weight"
-    assert new["resnet14"][shared] is new["resnet18"][shared] is not new["resnet10"][shared]
-    assert new["resnet10"][own] is new["resnet18"][own] is not new["resnet14"][own]
-    fc = "classifier.fc.weight"
-    assert new["resnet10"][fc] is new["resnet14"][fc] is new["resnet18"][fc]
-    # What is shared is the mean over those that share it.
-    by_hand = baselines.fedavg_server_update(
-        server, {k: update for k, update in updates.items() if k % 3 != 0})["weights"]
-    assert torch.equal(new["resnet18"][shared], by_hand["resnet18"][shared])
+    shared, own, fc = (f"{name}.weight" for name in (
+        "intermediate.layer3.0.conv1", "intermediate.layer4.1.conv1", "classifier.fc"))
+    assert new["resnet10"][shared] is new["resnet14"][shared] is new["resnet18"][shared]
+    top_of_none = "intermediate.layer3.1.conv1.weight"  # the last of a stage, not of the network
+    assert new["resnet14"][top_of_none] is new["resnet18"][top_of_none]
+    assert not torch.equal(new["resnet14"][own], new["resnet18"][own])
+    assert not any(torch.equal(new[one][fc], new[other][fc]) for one, other in pairwise(ARCHS))
+    # Its own is the mean over the clients of an architecture; with momentum where there is a larger.
+    apart = baselines.fedavg_server_update(
+        server, updates, aggregation=models.per_architecture_average)["weights"]
+    assert torch.equal(new["resnet18"][own], apart["resnet18"][own])
+    old, m = server["weights"]["resnet14"][own], server["weights"]["resnet18"][own]
+    step = 0.2 * (m - apart["resnet18"][own]) + 0.8 * (old - apart["resnet14"][own])
+    torch.testing.assert_close(new["resnet14"][own], old - step)
+    # Of what is a middle block of a larger network, the smaller's own has no share.
+    three = baselines.fedavg_init(resnet_states(["resnet18", "resnet22", "resnet26"]))
+    sent = uploads_of(three["weights"], ["resnet18", "resnet22", "resnet26"])
+    after = baselines.inclusivefl_server_update(three, sent)["weights"]
+    mean = baselines.fedavg_server_update(three, {k: sent[k] for k in (1, 2)})["weights"]
+    assert torch.equal(after["resnet26"][own], mean["resnet26"][own])
 
 
 def test_inclusivefl_without_clients_of_the_larger_network_has_no_momentum_to_give():
@@ -550,8 +599,8 @@ def test_inclusivefl_without_clients_of_the_larger_network_has_no_momentum_to_gi
     plain = baselines.fedavg_server_update(
         server, updates, aggregation=models.per_architecture_average)["weights"]
     assert same(new["resnet10"], plain["resnet10"])
-    top = "intermediate.layer1.0.conv1.weight"
-    assert torch.equal(new["resnet14"][top], server["weights"]["resnet14"][top])
+    for own in ("intermediate.layer4.1.conv1.weight", "classifier.fc.weight"):
+        assert torch.equal(new["resnet14"][own], server["weights"]["resnet14"][own])
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -560,7 +609,7 @@ def test_scaffold_keeps_what_layers_share_shared(aggregation):
     updates = {k: baselines.ScaffoldUpdate(*update, {
         name: tensor for name, tensor in update.weights.items() if models.is_parameter(name)})
         for k, update in uploads_of(server["weights"], ARCHS).items()}
-    owners = dict(enumerate(ARCHS))
+    owners = owners_of(ARCHS)
     new = baselines.scaffold_server_update(server, updates, owners=owners, aggregation=aggregation)
     fc = [new["variates"][arch]["classifier.fc.weight"] for arch in ARCHS]
     assert (fc[0] is fc[1] is fc[2]) == (aggregation is models.layerwise_average)

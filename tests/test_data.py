@@ -132,16 +132,18 @@ CALLS = {
     "check_labels": lambda path: data.check_labels("y", np.arange(2), 2),
     "to_images": lambda path: data.to_images(pixels(2, 4, 4)),
     "first_line": lambda path: data.first_line(ValueError("a\nb")),
-    "choose_images": lambda path: data.choose_images(LABELS, 0, train_images=90, hold_out=True),
+    "whole_of": lambda path: data.whole_of(torch.zeros(2, 1, 4, 4), torch.zeros(2), (0.0, 1.0)),
+    "choose_images": lambda path: data.choose_images(LABELS, 0, train_images=90, proxy="holdout"),
     "proxy_images": lambda path: data.proxy_images("noise", data.read_npz(save(path / "a.npz")),
-                                                   HALVES[0][:0], [], 0),
+                                                   HALVES[0][:0], 0),
     "balanced_subset": lambda path: data.balanced_subset(LABELS, 30, numpy_rng()),
     "share_out": lambda path: data.share_out(data.read_digits(), 3, 0, proxy="holdout"),
     "on_device": lambda path: data.on_device([LABELS], "cpu"),
     "partition_iid": lambda path: data.partition_iid(LABELS, 4, numpy_rng()),
     "partition_dirichlet": lambda path: data.partition_dirichlet(LABELS, 4, 1, numpy_rng()),
     "partition_pathological": lambda path: data.partition_pathological(LABELS, 4, 2, numpy_rng()),
-    "partition_dropout": lambda path: data.partition_dropout(LABELS, 4, 0.3, numpy_rng()),
+    "classes_each": lambda path: data.classes_each(10, 0.2),
+    "partition_dropout": lambda path: data.partition_dropout(LABELS, 4, 0.3, 2, numpy_rng()),
     "assign_classes": lambda path: data.assign_classes(3, 4, 2, numpy_rng()),
     "deal_classes": lambda path: data.deal_classes(LABELS, [[0], [0, 1], []], 2, numpy_rng()),
     "share_test": lambda path: data.share_test(LABELS, LABELS, HALVES, numpy_rng()),
@@ -670,13 +672,16 @@ def test_an_unknown_name_lists_the_known_ones(name):
 
 def test_images_held_out_for_the_server_are_no_clients():
     labels = data.load("digits").y_train
-    chosen, held_out = data.choose_images(labels, 0, hold_out=True)
-    assert len(held_out) == 144 and len(chosen) == 1437 - 144  # a tenth
-    assert torch.cat([chosen, held_out]).sort().values.tolist() == list(range(1437))
-    chosen, held_out = data.choose_images(labels, 0, train_images=1400, hold_out=True)
-    assert len(held_out) == 140 and len(chosen) == 1400 - (140 - 37)
-    assert not set(chosen.tolist()) & set(held_out.tolist())
-    assert data.choose_images(labels, 0, train_images=1400)[1].tolist() == []
+    for train_images, held_out, given_up in ((None, 144, 288), (1400, 140, 280 - 37),
+                                             (1000, 337, 0), (1200, 120, 240 - 237)):
+        parts = data.choose_images(labels, 0, train_images=train_images, proxy="holdout")
+        count = train_images or 1437
+        assert [len(part) for part in parts] == [count - given_up, held_out, round(count / 10)]
+        assert torch.cat(parts).unique().numel() == sum(map(len, parts))
+    chosen, none, validation = data.choose_images(labels, 0, train_images=1400, proxy="noise")
+    assert [len(part) for part in (chosen, none, validation)] == [1400 - (140 - 37), 0, 140]
+    assert not set(chosen.tolist()) & set(validation.tolist())
+    assert [len(part) for part in data.choose_images(labels, 0, train_images=1400)] == [1400, 0, 0]
     assert "1438 is more than the 1437" in complaint(
         lambda: data.choose_images(labels, 0, train_images=1438))
 
@@ -692,7 +697,7 @@ def test_sharing_out_is_its_partition_with_the_streams_of_the_seed(options):
     assert torch.equal(shared.data.x_train, digits.x_train[rows])
     gone = []
     if "missing_classes" in options:
-        parts, gone = data.partition_dropout(labels, 10, 0.2, rng)
+        parts, gone = data.partition_dropout(labels, 10, 0.2, 2, rng)
     elif options.get("partition") == "iid":
         parts = data.partition_iid(labels, 10, rng)
     elif options.get("partition") == "pathological":
@@ -713,9 +718,15 @@ def test_sharing_out_is_its_partition_with_the_streams_of_the_seed(options):
 def test_a_proxy_is_as_large_as_it_may_be_and_of_the_images_channels(monkeypatch):
     digits = data.load("digits")
     monkeypatch.setattr(data, "PROXY_IMAGES", 50)
+    monkeypatch.setattr(data, "VALIDATION_IMAGES", 20)
     for proxy in data.PROXIES:
-        images = data.share_out(digits, 3, 0, proxy=proxy, train_images=300).proxy
-        assert images.shape == (50, 1, SIZE, SIZE) and images.dtype == torch.uint8
+        shared = data.share_out(digits, 3, 0, proxy=proxy, train_images=300)
+        images, labels = shared.validation
+        assert shared.proxy.shape == (50, 1, SIZE, SIZE) and shared.proxy.dtype == torch.uint8
+        assert images.shape == (20, 1, SIZE, SIZE) and labels.shape == (20,)
+        which = data.choose_images(digits.y_train, 0, train_images=300, proxy=proxy)[2]
+        assert torch.equal(images, digits.x_train[which])
+        assert torch.equal(labels, digits.y_train[which])
 
 
 def test_moving_keeps_the_nest_and_reaches_every_tensor():
@@ -776,7 +787,7 @@ PARTITIONS = {
     "iid": lambda rng: data.partition_iid(UNEVEN, 7, rng),
     "dirichlet": lambda rng: data.partition_dirichlet(UNEVEN, 7, 0.5, rng),
     "pathological": lambda rng: data.partition_pathological(UNEVEN, 7, 3, rng),
-    "dropout": lambda rng: data.partition_dropout(UNEVEN, 7, 0.2, rng)[0],
+    "dropout": lambda rng: data.partition_dropout(UNEVEN, 7, 0.2, 2, rng)[0],
     # Here the counts are the same for every seed, so that the images themselves must differ.
     "dirichlet-even": lambda rng: data.partition_dirichlet(UNEVEN, 7, 1e9, rng, minimum=1),
     "pathological-even": lambda rng: data.partition_pathological(UNEVEN, 7, 10, rng),
@@ -891,7 +902,7 @@ def test_more_classes_a_client_than_there_are_is_an_error():
 
 
 def test_the_dropout_setting_of_the_paper_is_its_table_1():
-    parts, dropouts = data.partition_dropout(UNEVEN, 10, 0.2, numpy_rng())
+    parts, dropouts = data.partition_dropout(UNEVEN, 10, 0.2, 2, numpy_rng())
     held = counts_of(UNEVEN, parts) > 0
     assert dropouts == [9] and held[9].nonzero()[0].tolist() == [8, 9]
     assert not held[:9, 8:].any() and (held[:9].sum(axis=1) == 2).all()
@@ -900,30 +911,52 @@ def test_the_dropout_setting_of_the_paper_is_its_table_1():
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("num_classes, num_clients, missing, alone, shared, dropouts", [
-    (10, 10, 0.1, [9], [8], [9]), (10, 10, 0.04, [9], [8], [9]),
-    (10, 5, 0.4, [6, 7, 8, 9], [], [3, 4]),
-    (26, 20, 0.1, [23, 24, 25], [22], [18, 19]),
-    (26, 20, 0.2, [21, 22, 23, 24, 25], [20], [17, 18, 19]),
-    (100, 60, 0.1, list(range(90, 100)), [], [55, 56, 57, 58, 59])])
-def test_missing_classes_sit_with_the_last_clients_alone(num_classes, num_clients, missing, alone,
-                                                         shared, dropouts, seed):
+@pytest.mark.parametrize("num_classes, num_clients, missing, each, alone, shared, dropouts", [
+    (10, 10, 0.1, 2, [9], [8], [9]), (10, 10, 0.04, 2, [9], [8], [9]),
+    (10, 5, 0.4, 2, [6, 7, 8, 9], [], [3, 4]), (10, 10, 0.2, 1, [8, 9], [], [8, 9]),
+    (10, 4, 0.2, 5, [8, 9], [5, 6, 7], [3]),
+    (26, 10, 0.1, 6, [23, 24, 25], [20, 21, 22], [9]),
+    (26, 10, 0.2, 6, [21, 22, 23, 24, 25], [20], [9]),
+    (26, 20, 0.2, 2, [21, 22, 23, 24, 25], [20], [17, 18, 19]),
+    (100, 10, 0.1, 20, list(range(90, 100)), list(range(80, 90)), [9]),
+    (100, 10, 0.2, 20, list(range(80, 100)), [], [9]),
+    (100, 10, 0.3, 20, list(range(70, 100)), list(range(60, 70)), [8, 9])])
+def test_missing_classes_sit_with_the_last_clients_alone(num_classes, num_clients, missing, each,
+                                                         alone, shared, dropouts, seed):
     labels = labels_of(*[40] * num_classes)
-    parts, gone = data.partition_dropout(labels, num_clients, missing, numpy_rng(seed))
+    parts, gone = data.partition_dropout(labels, num_clients, missing, each, numpy_rng(seed))
     held = counts_of(labels, parts) > 0
-    assert gone == dropouts and (held.sum(axis=1) == 2).all()
+    assert gone == dropouts and (held.sum(axis=1) == each).all()
     others = [k for k in range(num_clients) if k not in gone]
     assert not held[np.ix_(others, alone)].any()
     assert (held[np.ix_(gone, alone)].sum(axis=0) == 1).all()
     assert sorted(np.flatnonzero(held[gone].any(axis=0))) == sorted(alone + shared)
-    if num_clients >= num_classes / 2 + 2:
-        assert held[np.ix_(others, shared)].any(axis=0).all()
+    places, seen = len(others) * each, num_classes - len(alone)
+    assert held[others].any(axis=0).sum() == min(places, seen)  # none is left out while there is one
+    if places >= seen:
+        assert_partition(parts, torch.arange(len(labels)))
 
 
-@pytest.mark.parametrize("num_clients, missing", [(10, 0.9), (10, 1.0), (1, 0.1), (2, 0.4)])
-def test_a_dropout_setting_that_leaves_too_little_is_an_error(num_clients, missing):
-    assert f"--missing-classes {missing:g}" in complaint(
-        data.partition_dropout, UNEVEN, num_clients, missing, numpy_rng())
+@pytest.mark.parametrize("num_classes, each", [(2, 2), (10, 2), (11, 3), (26, 6), (100, 20)])
+def test_in_the_dropout_setting_a_client_holds_a_fifth_of_the_classes(num_classes, each):
+    assert data.classes_each(num_classes, 0.1) == data.classes_each(num_classes, 0.2) == each
+    assert data.classes_each(num_classes, None) == 2
+
+
+@pytest.mark.parametrize("num_clients, missing, each, complaint_of", [
+    (10, 0.9, 2, "at least two"), (10, 1.0, 2, "at least two"), (1, 0.1, 2, "0 of 1 clients"),
+    (2, 0.4, 2, "0 of 2 clients"), (10, 0.2, 9, "--classes-per-client 9 is more than the 8")])
+def test_a_dropout_setting_that_leaves_too_little_is_an_error(num_clients, missing, each,
+                                                              complaint_of):
+    message = complaint(data.partition_dropout, UNEVEN, num_clients, missing, each, numpy_rng())
+    assert f"--missing-classes {missing:g}" in message and complaint_of in message
+
+
+def test_all_of_some_images_are_standardised_as_those_of_clients():
+    images, labels = torch.randint(256, (5, 1, SIZE, SIZE), dtype=torch.uint8), torch.arange(5)
+    whole = data.whole_of(images, labels, (torch.tensor(3.0), torch.tensor(2.0)))
+    assert torch.equal(whole.images[whole.indices], images) and whole.labels is labels
+    assert torch.equal(whole.prepare(images), (images.float() - 3) / 2)
 
 
 def test_an_epoch_visits_as_many_samples_as_it_says():

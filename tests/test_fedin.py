@@ -287,7 +287,7 @@ def test_noise_in_training_is_on_both_ends_of_the_intermediate_layers():
 def test_noise_enters_training_and_upload_or_the_upload_alone():
     received = fedin.Received(weights(), features())
     clean = update(received)
-    both, sent = update(received, noise=0.8), update(received, noise=0.8, noise_in_training=False)
+    both, sent = update(received, noise=0.8), update(received, noise=0.8, noise_on="upload")
     assert not same(both.update.weights, clean.update.weights)
     assert same(sent.update.weights, clean.update.weights)
     assert not torch.equal(sent.update.features[0], clean.update.features[0])
@@ -316,7 +316,7 @@ def test_uploaded_outputs_come_from_the_noisy_or_from_the_clean_inputs(in_forwar
     model, _ = adam()
     clean_in, clean_out = fedin.own_features(model, tiny_data(), 16, stream, 0.0)
     sent_in, sent_out = fedin.own_features(model, tiny_data(), 16, stream, 0.8,
-                                           noise_in_forward=in_forward)
+                                           noise_on="features" if in_forward else "upload")
     rng = stream(data.FEATURE_NOISE)
     noisy_in = fedin.add_noise(clean_in, 0.8, rng)
     s_out = model.intermediate(noisy_in) if in_forward else clean_out

@@ -262,14 +262,14 @@ def test_diversity_loss_is_minus_the_mean_distance_within_a_class():
     x = torch.randn(3, 4, 2, 3, 5, generator=random(), dtype=torch.float64)
     expected = l_diversity_by_hand(x)
     torch.testing.assert_close(generator.diversity_loss(x), expected)
-    torch.testing.assert_close(generator.diversity_loss(x, per_pixel=True), expected / 30 ** 0.5)
+    torch.testing.assert_close(generator.diversity_loss(x, distance="rms"), expected / 30 ** 0.5)
     pair = torch.tensor([[[3.0, 0.0], [0.0, 4.0]]])
     assert generator.diversity_loss(pair).item() == -5
 
 
-def test_diversity_loss_per_pixel_is_a_fixed_fraction():
+def test_root_mean_square_is_a_fixed_fraction_of_the_distance():
     x = torch.randn(3, 4, 1, 8, 8, generator=random())
-    assert generator.diversity_loss(x, per_pixel=True) == generator.diversity_loss(x) / 8
+    assert generator.diversity_loss(x, distance="rms") == generator.diversity_loss(x) / 8
 
 
 def test_diversity_loss_has_the_gradient_of_the_double_sum():
@@ -321,12 +321,12 @@ def narrow(monkeypatch):
 
 @pytest.mark.parametrize("options", [
     {}, {"balance": 0.0}, {"balance": 1.0}, {"balance": 0.2, "lr": 0.01},
-    {"balance": 0.8, "per_pixel": True}])
+    {"balance": 0.8, "distance": "rms"}])
 def test_training_is_adam_on_equation_9_written_out(options, narrow):
     net, teachers = small_generator(), [small_teacher(seed).eval() for seed in range(2)]
     by_hand = copy.deepcopy(net).train()
     balance, lr = options.get("balance", 0.5), options.get("lr", 0.001)
-    pixels = 32 * 32 if options.get("per_pixel") else 1
+    pixels = 32 * 32 if options.get("distance", "rms") == "rms" else 1
     optimizer, rng = torch.optim.Adam(by_hand.parameters(), lr=lr), random(7)
     steps = train(net.eval(), teachers, steps=4, **options)
     assert len(steps) == 4
@@ -339,6 +339,35 @@ def test_training_is_adam_on_equation_9_written_out(options, narrow):
         optimizer.zero_grad()
         (balance * l_cls + (1 - balance) * l_diversity).backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("n_s, classes, limit, sizes", [
+    (16, 10, 1000, [16]), (600, 10, 1000, [100] * 6), (600, 100, 1000, [10] * 60),
+    (7, 3, 12, [4, 3]), (7, 3, 11, [3, 2, 2]), (3, 1000, 10, [3]), (5, 1000, 10, [3, 2])])
+def test_steps_are_divided_evenly_into_slices_of_pairs(n_s, classes, limit, sizes, monkeypatch):
+    monkeypatch.setattr(generator, "SLICE", limit)
+    assert generator.slice_sizes(n_s, classes) == sizes
+
+
+def test_gradients_of_slices_add_up_to_a_step(narrow, monkeypatch):
+    net, teachers = small_generator(), [small_teacher(seed).eval() for seed in range(2)]
+    by_hand, rng = copy.deepcopy(net).train(), random(7)
+    monkeypatch.setattr(generator, "SLICE", 8)
+    optimizer = torch.optim.Adam(by_hand.parameters(), lr=0.001)
+    steps = list(generator.train_generator(net, teachers, WEIGHTS, random(7), generator_steps=3,
+                                           generator_batch=5, balance=0.3, distance="l2"))
+    for losses in steps:
+        optimizer.zero_grad()
+        sums = torch.zeros(2)
+        for size in (3, 2):
+            y = torch.tensor([0, 2, 3]).repeat_interleave(size)
+            x = by_hand(torch.randn(3 * size, 4, generator=rng), y)
+            both = [l_cls_by_hand(x, y, teachers, WEIGHTS),
+                    l_diversity_by_hand(x.unflatten(0, (3, size)))]
+            (size / 5 * (0.3 * both[0] + 0.7 * both[1])).backward()
+            sums += size / 5 * torch.stack(both).detach()
+        optimizer.step()
+        assert losses == pytest.approx(sums.tolist(), rel=1e-4)
 
 
 def test_training_generates_only_classes_that_a_teacher_can_judge(narrow):
@@ -376,7 +405,7 @@ def test_training_repeats_itself_and_leaves_the_global_generator_alone(narrow):
 def test_training_teaches_the_teachers_classes_and_ends_in_evaluation_mode(narrow):
     net, teachers = small_generator(), [small_teacher(seed) for seed in range(2)]
     semantics = net.semantics.clone()
-    losses = [l_cls for l_cls, _ in train(net, teachers, steps=30, per_pixel=True)]
+    losses = [l_cls for l_cls, _ in train(net, teachers, steps=30, distance="rms")]
     assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
     assert not any(module.training for module in net.modules())
     assert torch.equal(net.semantics, semantics)  # A(y) is given, not learnt
@@ -669,12 +698,31 @@ def test_semantics_are_the_same_bits_fresh_and_from_the_cache(tmp_path, monkeypa
     assert NUMBERS.dtype == np.float32 and torch.equal(fresh, kept)
 
 
-def test_another_prompt_is_encoded_anew(tmp_path, monkeypatch):
+def test_another_prompt_is_encoded_anew(tmp_path):
     cache = tmp_path / "clip.npz"
     generator.encode_with_cache(lambda texts: NUMBERS, ANIMALS, cache)
-    monkeypatch.setattr(generator, "PROMPT", "a drawing of a {}.")
-    again = generator.encode_with_cache(lambda texts: 2 * NUMBERS, ANIMALS, cache)
+    again = generator.encode_with_cache(lambda texts: 2 * NUMBERS, ANIMALS, cache,
+                                        "a drawing of a {}.")
     np.testing.assert_array_equal(again, 2 * NUMBERS)
+
+
+@pytest.mark.parametrize("dataset, name, prompt", [
+    ("emnist", "c", "a photo of the handwritten letter c."),
+    ("digits", "3", "a photo of the handwritten digit 3."),
+    ("svhn", "3", "a photo of the house number 3."), ("cifar10", "cat", "a photo of a cat."),
+    ("folder/emnist.npz", "c", "a photo of a c.")])  # a user's own, of whatever it is
+@pytest.mark.parametrize("encoder", ["clip", "bert"])
+def test_prompts_fit_the_data_set(encoder, dataset, name, prompt, tmp_path, monkeypatch):
+    texts = []
+
+    def encode(given):
+        texts.extend(given)
+        return NUMBERS[:2]
+
+    monkeypatch.setattr(generator, f"{encoder}_embeddings", encode)
+    generator.load_semantics([name, "other"], semantics=encoder, dataset=dataset,
+                             data_dir=tmp_path)
+    assert texts[0] == prompt
 
 
 def test_encoders_are_kept_from_logging_and_from_the_global_generator(caplog, tmp_path):
@@ -827,7 +875,7 @@ def accuracy_on_unseen_classes(seed: int, attributes) -> float:
     weights = torch.zeros(1, 16)
     weights[0, seen] = 1
     for _ in generator.train_generator(net, [teacher], weights, random(seed), generator_steps=60,
-                                       generator_batch=4, per_pixel=True, lr=2e-3):
+                                       generator_batch=4, distance="rms", lr=2e-3):
         pass
     y = unseen.repeat_interleave(50)
     with torch.no_grad():

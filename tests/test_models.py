@@ -397,9 +397,19 @@ def test_collecting_statistics_leaves_other_networks_as_they_are():
     assert same(models.copy_state(net), before) and net.training
 
 
+@pytest.mark.parametrize("net", models.WIDTH_RESNETS)
+def test_levels_of_scalefl_have_the_budgets_of_heterofl(net):
+    widths = models.MODELS[f"{net}-widths"]
+    for by_width, by_both in zip(widths, models.with_exits(widths), strict=True):
+        budget, ours = (sum(tensor.numel() for name, tensor in models.shapes(arch, 3, 10).items()
+                            if models.is_parameter(name)) for arch in (by_width, by_both))
+        assert 0.94 < ours / budget < 1.06
+    assert models.with_exits(widths[-1:]) == (f"{net}-1-exit1",)  # of one architecture
+
+
 def test_levels_of_scalefl_end_at_later_exits_the_wider_they_are():
     archs = models.with_exits(models.MODELS["resnet18-widths"])
-    assert archs[0] == "resnet18-1/16-exit1" and archs[-1] == "resnet18-1-exit5"
+    assert archs[0] == "resnet18-1/4-exit1" and archs[-1] == "resnet18-1-exit5"
     states = [models.shapes(arch, 3, 10) for arch in archs]
     for level, (small_one, large) in enumerate(zip(states, states[1:]), start=1):
         assert small_one.keys() < large.keys()

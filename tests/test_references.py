@@ -180,9 +180,10 @@ def arch_of(k: int, archs) -> str:
 PARTIAL_ROUNDS = [(0, 2), (1, 2), (0, 3), (0, 1)]  # in the last one nobody has the extractor
 
 
-@pytest.mark.parametrize("server_lr", [1.0, 0.5])
+@pytest.mark.parametrize("server_lr, uniform", [(1.0, False), (0.5, False), (1.0, True)])
 @pytest.mark.parametrize("archs", [["plain"], ["plain", "deep"]])
-def test_scaffold_is_algorithm_1_written_out(archs, server_lr):
+def test_scaffold_is_algorithm_1_written_out(archs, server_lr, uniform):
+    n = [1] * 4 if uniform else SIZES
     server = baselines.scaffold_init(shared_weights(archs))
     clients = [Client(k, own_data(k).indices, arch_of(k, archs)) for k in range(4)]
     kept = {k: baselines.scaffold_initial_memory(server, clients[k]) for k in range(4)}
@@ -213,26 +214,58 @@ def test_scaffold_is_algorithm_1_written_out(archs, server_lr):
             agree(result.update.weights, y)
             agree(kept[k], after)
         server = baselines.scaffold_server_update(
-            server, updates, owners={k: client.arch for k, client in enumerate(clients)},
-            server_lr=server_lr)
+            server, updates, owners=dict(enumerate(clients)), server_lr=server_lr, uniform=uniform)
         for name in x:
             holders = [k for k in drawn if name in owned[k]]
             if holders:
-                x[name] = x[name] + server_lr * weighted({k: moves[k][name] for k in holders},
-                                                         SIZES)
-            owners = sum(name in owned[k] for k in range(4))
-            c[name] = c[name] + sum(changes[k][name] for k in holders) / owners
+                x[name] = x[name] + server_lr * weighted({k: moves[k][name] for k in holders}, n)
+            owners = sum(n[k] for k in range(4) if name in owned[k])
+            c[name] = c[name] + sum(n[k] * changes[k][name] for k in holders) / owners
         for k in range(4):
             sent = baselines.scaffold_download(server, clients[k], stream_of(k, round))
             agree(sent.weights, {name: x[name] for name in owned[k]})
             agree(sent.variate, {name: c[name] for name in owned[k]})
         for name in x:
-            mean = np.mean([kept[k][name].numpy() for k in range(4) if name in kept[k]], axis=0)
-            agree(c[name], mean)
+            agree(c[name], weighted({k: kept[k][name].numpy() for k in range(4)
+                                     if name in kept[k]}, n))
+
+
+class Odds(nn.Module):
+    """Logits that do not depend on the image, so that the optimum is the share of each class."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.ModuleDict({"fc": nn.ParameterDict({"bias": torch.zeros(2)})})
+
+    def forward(self, x):
+        return self.classifier["fc"]["bias"].expand(len(x), 2)
+
+
+@pytest.mark.parametrize("uniform, optimum", [(False, 36 / 200), (True, (18 / 20 + 18 / 180) / 2)])
+def test_scaffold_finds_the_optimum_of_its_average(uniform, optimum):
+    """18 of 20 and 18 of 180 images are of class 1: pooled 36 of 200; counted alike the mean."""
+    labels = torch.tensor(([1] * 18 + [0] * 2) + ([1] * 18 + [0] * 162))
+    indices = {0: torch.arange(20), 1: torch.arange(20, 200)}
+    owners = {k: Client(k, rows, "odds") for k, rows in indices.items()}
+    server = baselines.scaffold_init({"odds": models.copy_state(Odds())})
+    kept = {k: baselines.scaffold_initial_memory(server, client) for k, client in owners.items()}
+    for round in range(60):
+        updates = {}
+        for k, client in owners.items():
+            model, stream = Odds(), stream_of(k, round)
+            own = data.ClientData(torch.zeros(200, 1), labels, client.indices, lambda x: x)
+            result = baselines.scaffold_client_update(
+                model, torch.optim.SGD(model.parameters(), lr=0.5),
+                baselines.scaffold_download(server, client, stream), own, stream, kept[k],
+                local_epochs=4, batch_size=200)
+            updates[k], kept[k] = result.update, result.kept
+        server = baselines.scaffold_server_update(server, updates, owners=owners, uniform=uniform)
+    share = server["weights"]["odds"]["classifier.fc.bias"].softmax(dim=0)[1].item()
+    assert share == pytest.approx(optimum, abs=1e-6)
 
 
 def test_scaffold_of_a_single_client_is_gradient_descent():
-    server, one = baselines.scaffold_init(shared_weights(["deep"])), Client(2, None, "deep")
+    server, one = baselines.scaffold_init(shared_weights(["deep"])), Client(2, own_data(2).indices, "deep")
     kept = baselines.scaffold_initial_memory(server, one)
     y = arrays(shared_weights(["deep"])["deep"])
     for round in range(3):
@@ -241,7 +274,7 @@ def test_scaffold_of_a_single_client_is_gradient_descent():
         result = baselines.scaffold_client_update(*scratch("deep"), received, own_data(2), stream,
                                                   kept, **TRAINING)
         kept = result.kept
-        server = baselines.scaffold_server_update(server, {2: result.update}, owners={2: "deep"})
+        server = baselines.scaffold_server_update(server, {2: result.update}, owners={2: one})
         for batch in batches_of(2, round):
             g = gradient(y, *batch)
             y = {name: y[name] - LR * g[name] for name in y}
@@ -492,14 +525,11 @@ LARGER = {"small": "middle", "middle": "large"}
 
 def inclusive(x: dict, sent: dict, counts: dict, archs: dict, beta: float) -> dict:
     """The server's update, architecture -> weights; x, sent: by architecture, by client."""
-    stages = [f"intermediate.{stage}." for stage in DEPTHS["small"]]
+    def depth(arch):
+        return DEPTHS[arch]["layer3"]
 
-    def depth(arch, stage):
-        return DEPTHS[arch][stage.split(".")[1]]
-
-    def is_top(arch, name):
-        return any(name.startswith(f"{stage}{depth(arch, stage) - 1}.") for stage in stages
-                   if arch in LARGER and depth(LARGER[arch], stage) > depth(arch, stage))
+    def is_own(arch, name):
+        return name.startswith((f"intermediate.layer3.{depth(arch) - 1}.", "classifier."))
 
     def mean(arch, name):
         mine = {k: y[name] for k, y in sent.items() if archs[k] == arch}
@@ -509,20 +539,20 @@ def inclusive(x: dict, sent: dict, counts: dict, archs: dict, beta: float) -> di
     for arch, state in x.items():
         after[arch] = {}
         for name, old in state.items():
-            if not is_top(arch, name):
+            if not is_own(arch, name):
                 shared = {k: y[name] for k, y in sent.items()
-                          if name in y and not is_top(archs[k], name)}
+                          if name in y and not is_own(archs[k], name)}
                 after[arch][name] = weighted(shared, counts) if shared else old
                 continue
             own = mean(arch, name)
-            if own is None or name.endswith("running_mean"):
+            if (own is None or name.endswith("running_mean") or arch not in LARGER
+                    or name.startswith("classifier.")):
                 after[arch][name] = old if own is None else own
                 continue
             larger = LARGER[arch]
-            stage = next(stage for stage in stages if name.startswith(stage))
-            rest = name.removeprefix(stage).split(".", 1)[1]
-            names = [f"{stage}{block}.{rest}"
-                     for block in range(depth(arch, stage) - 1, depth(larger, stage))]
+            rest = name.split(".", 3)[3]
+            names = [f"intermediate.layer3.{block}.{rest}"
+                     for block in range(depth(arch) - 1, depth(larger))]
             compatible = all(other in x[larger] and x[larger][other].shape == old.shape
                              for other in names)
             step = old - own
@@ -547,8 +577,8 @@ def test_inclusivefl_is_its_momentum_rule_written_out(beta):
         x = inclusive(x, sent, counts, archs, beta)
         for arch in DEPTHS:
             agree(server["weights"][arch], x[arch])
-    name = "intermediate.layer3.0.conv1.weight"
-    assert np.abs(x["small"][name] - x["large"][name]).max() > 0.1
+    for name in ("intermediate.layer3.0.conv1.weight", "classifier.fc.weight"):
+        assert np.abs(x["small"][name] - x["large"][name]).max() > 0.1
 
 
 # --------------------------------------------------------------------------- HeteroFL and FedRolex
@@ -808,7 +838,7 @@ def test_scalefl_sends_levels_of_the_whole_network_and_distils_after_a_quarter_o
         distils.append(received.distils)
         update = WidthUpdate(received.weights, 5, None)
         server = baselines.scalefl_server_update(server, {0: update})
-    assert distils == [False] * 2 + [True] * 6
+    assert distils == [False] * 3 + [True] * 5
 
 
 # ----------------------------------------------------------------------------------------- FedDF

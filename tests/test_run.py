@@ -23,6 +23,7 @@ import apfl
 import baselines
 import data
 import fedin
+import generator
 import models
 import run
 from baselines import Flag
@@ -118,7 +119,7 @@ def test_defaults_are_fedin_on_digits_and_the_settings_are_the_papers():
 
 def test_every_setting_of_a_method_reaches_one_of_its_functions():
     for name, method in run.METHODS.items():
-        settings = run.resolve({"method": name})
+        settings = run.resolve({"method": name} | ({"noise": 0.8} if name == "fedin" else {}))
         bound = baselines.bind(method, settings)
         functions = [*bound.stages.values(), *filter(callable, bound)]
         reached = {keyword for function in functions for keyword in function.keywords}
@@ -264,6 +265,27 @@ def plain_fedin(tmp_path_factory):
                                    "--feature-batch-size 8", "--optimizer sgd", "--mu 5"])
 def test_an_option_makes_a_difference(flags, tmp_path, plain_fedin):
     assert go(tmp_path, *CNN, "--rounds", "2", *flags.split()) != plain_fedin
+
+
+def test_options_of_sgd_and_of_noise_do_what_they_say(tmp_path):
+    def weights(name, *flags):
+        go(tmp_path / name, *CNN, "--rounds", "2", *" ".join(flags).split())
+        saved = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["server"]
+        return saved["weights"]["cnn"]["classifier.fc.bias"].tolist()
+
+    sgd = weights("sgd", "--optimizer sgd")
+    off = weights("off", "--optimizer sgd --momentum 0 --weight-decay 0")
+    others = [weights("momentum", "--optimizer sgd --momentum 0.9"),
+              weights("decay", "--optimizer sgd --weight-decay 0.1")]
+    assert off == sgd and sgd not in others and others[0] != others[1]
+    noise = [weights("noise", "--noise 0.8"), weights("all", "--noise 0.8 --noise-on features"),
+             weights("upload", "--noise 0.8 --noise-on upload"), weights("quiet")]
+    assert sum(noise[0] == one for one in noise) == 2  # itself and the default spelt out
+    assert noise[2] != noise[1] != noise[3] != noise[2]
+    # With noise on uploads alone and nobody to learn from theirs, it is the run without noise.
+    ablated = [weights(name, "--ablate in", flags) for name, flags in (
+        ("in", ""), ("in-upload", "--noise 0.8 --noise-on upload"))]
+    assert ablated[0] == ablated[1]
 
 
 def test_aggregation_per_architecture_is_layerwise_where_there_is_one_alone(tmp_path):
@@ -447,7 +469,7 @@ def test_scaffolds_server_counts_the_clients_that_take_part():
     settings = run.resolve({"method": "scaffold", "missing_classes": 0.2})
     bound = run.prepare_experiment(settings).method.server_update.keywords
     assert list(bound["owners"]) == list(range(9))  # of ten clients the last has dropped out
-    assert bound["owners"][0] == "resnet10" and bound["owners"][8] == "resnet26"
+    assert [bound["owners"][k].arch for k in (0, 8)] == ["resnet10", "resnet26"]
 
 
 def test_moon_with_mu_zero_is_fedavg_from_the_command_line_too(tmp_path):
@@ -457,7 +479,8 @@ def test_moon_with_mu_zero_is_fedavg_from_the_command_line_too(tmp_path):
     assert go(tmp_path / "c", *flags, "--method", "moon") != plain
 
 
-def test_feddf_without_steps_is_fedavg_and_each_proxy_leads_elsewhere(tmp_path):
+def test_feddf_without_steps_is_fedavg_and_each_proxy_leads_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "num_right", lambda *_: 0)  # so that the last student counts
     np.savez(tmp_path / "other.npz", x_train=np.eye(8, dtype=np.uint8)[None].repeat(9, 0) * 255,
              y_train=np.arange(9) % 2, x_test=np.zeros((2, 8, 8), np.uint8), y_test=np.arange(2))
     flags = [*CNN, "--rounds", "1", "--train-images", "390"]  # few are left over for the server
@@ -477,11 +500,13 @@ def test_feddf_without_steps_is_fedavg_and_each_proxy_leads_elsewhere(tmp_path):
 
 def test_the_servers_images_are_no_clients_nor_of_unseen_classes():
     settings = run.resolve({"method": "feddf", "missing_classes": 0.2, "train_images": 400})
-    proxy = run.prepare_experiment(settings).method.distil.keywords["proxy"]
+    keywords = run.prepare_experiment(settings).method.distil.keywords
     loaded = data.load("digits")
-    held_out = data.choose_images(loaded.y_train, 0, train_images=400, hold_out=True)[1]
-    kept = held_out[loaded.y_train[held_out] < 8]
-    assert torch.equal(proxy.images, loaded.x_train[kept]) and len(kept) < len(held_out)
+    _, *held_out = data.choose_images(loaded.y_train, 0, train_images=400, proxy="holdout")
+    for name, rows in zip(("proxy", "validation"), held_out):
+        kept = rows[loaded.y_train[rows] < 8]
+        assert torch.equal(keywords[name].images, loaded.x_train[kept]) and len(kept) < len(rows)
+    assert torch.equal(keywords["validation"].labels, loaded.y_train[kept])
 
 
 def test_a_proxy_of_other_channels_is_refused(tmp_path, capsys):
@@ -493,11 +518,8 @@ def test_a_proxy_of_other_channels_is_refused(tmp_path, capsys):
 
 
 def test_a_server_that_diverges_stops_the_run(tmp_path, capsys, monkeypatch):
-    method = run.METHODS["feddf"]
-    monkeypatch.setitem(run.METHODS, "feddf", method._replace(distil=partial(
-        baselines.feddf_distil, step_size=1e38)))
-    error = refused(capsys, *CNN, "--method", "feddf", "--distillation-steps", "3", "--out",
-                    str(tmp_path), status=1)
+    monkeypatch.setattr(generator, "LATENT_LR", 1e30)
+    error = refused(capsys, *CNN, "--method", "fedgen", "--out", str(tmp_path), status=1)
     assert "round 1, the server's training: a weight is not finite" in error
 
 
@@ -603,7 +625,7 @@ def test_global_generators_are_left_alone(tmp_path):
     ("--method apfl --model resnets", "--model resnets does not go with --method apfl: give --mod"),
     ("--missing-classes 0.2 --alpha 0.5", "--alpha is not read with --missing-classes"),
     ("--missing-classes 0.2 --partition iid", "--partition is not read with --missing-classes"),
-    ("--missing-classes 0.2 --classes-per-client 2", "--classes-per-client is not read with"),
+    ("--missing-classes 0.2 --classes-per-client 9", "give at most 8"),
     ("--missing-classes 0.9", "at least two classes"),
     ("--missing-classes 0.3 --clients 2", "one client must take part"),
     ("--missing-classes 1.2", "must be at most 1"),
