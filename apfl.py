@@ -6,7 +6,7 @@ Federated Learning, arxiv.org/abs/2003.13461) is another method.
 
 In reading order, as it happens: federated training of the global model, in rounds or with updates
 that are mixed in as they arrive; after the last round late training (of clients that dropped out),
-memorisation (the server trains the generator of generator.py under the clients' models), friend
+memorisation (the server trains the generator of generator.py under the global model), friend
 models (each client trains one on synthetic samples), and decoupled interpolation of the two.
 
 symbol       name                  what it is
@@ -52,7 +52,10 @@ BETA_TEST_IMAGES = 2000  # test images that the curve over beta is drawn from
 # ------------------------------------------------------ federated training of the global model
 
 def apfl_init(weights: dict[str, State]) -> dict:
-    """The server's state: global weights, and of each client its last upload, a teacher later."""
+    """The server's state: global weights, and of each client its last upload, theta_k.
+
+    Uploads are called teachers, which they are of the generator in the reading of Eq. 6.
+    """
     return {**fedavg_init(weights), "teachers": {}}
 
 
@@ -176,8 +179,8 @@ def apfl_late(experiment: Experiment, server: dict, after: Mapping, *, local_epo
     that work, and what comes out is its theta_k.
     """
     flights = server.get("flights", {})
-    tasks = [Task(client, flights[client.id]["work"], flights[client.id]["received"])
-             if client.id in flights else Task(client, 0, server["weights"][client.arch])
+    tasks = [Task(client, 1, flights[client.id]["received"]) if client.id in flights else
+             Task(client, 0, server["weights"][client.arch])
              for client in experiment.clients if client.id not in server["teachers"]]
     return train_late(experiment, tasks, local_epochs=local_epochs, batch_size=batch_size)
 
@@ -198,8 +201,8 @@ def apfl_memorise(server: dict, generator: SemanticGenerator, build: Callable[[S
     uploads = [server["teachers"][k] for k in sorted(server["teachers"])]
     states = [upload["weights"] for upload in uploads]
     counts = torch.stack([upload["class_counts"] for upload in uploads])
-    if teacher == "global":
-        states, counts = list(server["weights"].values()), counts.sum(dim=0, keepdim=True)
+    states, counts = {"clients": (states, counts), "global": (
+        list(server["weights"].values()), counts.sum(dim=0, keepdim=True))}[teacher]
     return train_generator(generator, [build(state) for state in states],
                            class_weights(counts, of_all=of_all), rng,
                            generator_steps=generator_steps, generator_batch=generator_batch,
@@ -222,7 +225,7 @@ def apfl_generator(experiment: Experiment, server: dict, after: Mapping, *, nois
                            balance=balance, teacher=teacher, distance=distance)
     bar = experiment.watch(losses, "generator", "step", generator_steps)
     for l_cls, l_diversity in bar:
-        bar.set_postfix_str(f"L_cls {l_cls:.3f}, L_diversity {l_diversity:.1f}", refresh=False)
+        bar.set_postfix_str(f"L_cls {l_cls:.3f}, L_diversity {l_diversity:.3f}", refresh=False)
     if not all_finite(net.state_dict()):
         raise FloatingPointError("generator: a weight is not finite any more")
     return copy_state(net)

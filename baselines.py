@@ -46,14 +46,13 @@ from data import (BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, LATENT, PROXIES, 
                   RATE, ClientData, Dataset, batches, samples_per_epoch, torch_stream)
 from generator import (class_weights, initial_latent_generator, load_latent_generator,
                        sample_latents, train_latent_generator)
-from models import (State, average, block_of, copy_state, extract, index_sets, interpolate,
-                    is_parameter, layerwise_average, load_network, num_bytes,
+from models import (State, all_finite, average, block_of, copy_state, extract, index_sets,
+                    interpolate, is_parameter, layerwise_average, load_network, num_bytes,
                     per_architecture_average, predict, predict_logits, representation, shapes,
                     with_exits)
 
 FEDPROX_MU = 0.1  # mu; FedIN prints mu/2 = 0.05 for FedProx and for itself (Sec. 5.1)
 FEDPROX_MU_APFL = 0.01  # mu in AP-FL's setting, where the paper gives none
-FINETUNE_EPOCHS = 20  # of FedAvg-FT; AP-FL, Sec. 4.1, has 20 local epochs and no number of its own
 MOON_MU = 1.0  # mu; MOON's own for CIFAR-10 is 5
 MOON_TEMPERATURE = 0.5  # tau
 INCO_STEP_LIMIT = 5.0  # of theta, in the released code of InCo
@@ -128,7 +127,8 @@ class Method(NamedTuple):
     """A method's functions, what is said of it, and the flags that it reads.
 
     Keyword-only arguments of the functions are filled in from the flags of the same names, but
-    aggregation is a function, balance is --lambda, proxy images, owners clients that take part.
+    aggregation is a function, balance is --lambda, proxy and validation are the server's images,
+    owners the clients that take part, by id.
     Stages come after the last round, in order, "late" first, which gives each client's weights;
     after holds the outcomes of those before, by name.
     """
@@ -434,6 +434,7 @@ def scaffold_client_update(model: nn.Module, optimizer: Optimizer, received: Sca
     kept: c_k.  The correction is a step of its own, lr (c - c_k), after the optimiser's.  With SGD
     that is the paper's y <- y - lr (g + c - c_k).  With Adam, whose steps do not have the scale of
     the gradient, variates are in units of its steps: (x - y) / (tau lr) is their mean direction.
+    (With momentum it would not be: tau steps then go further than tau gradients.)
     """
     reset(model, optimizer, received.weights)
     lr = optimizer.param_groups[0]["lr"]
@@ -691,13 +692,14 @@ def momentum_from(gradients: State, stage: str, blocks: range) -> State:
 def inclusivefl_server_update(server: dict, updates: Mapping[int, Update], *,
                               aggregation: Callable = layerwise_average, uniform: bool = False,
                               momentum: float = INCLUSIVE_MOMENTUM) -> dict:
-    """Shared layers are averaged; each network has its own top block, which learns by momentum.
+    """Shared layers are averaged; a network's classifier and top block are its own.
 
-    For the last block d_a - 1 of architecture a, where the next larger one, b, has d_b in that
-    stage:  x <- x - (momentum m + (1 - momentum) G_a),  where G_a = x - mean y over the clients of
-    a, and m = the mean of G_b over b's blocks d_a - 1 to d_b - 1.  (The released code overwrites m
-    where it should add.)  Where there is no m, as without clients of b, x becomes the mean of y;
-    without clients of a it stays.  Buffers of batch normalisation have no gradient, so no m.
+    The top block learns from larger networks by momentum.  For the last block, d_a - 1, of
+    architecture a, where the next larger one, b, has d_b blocks in that last stage:
+    x <- x - (momentum m + (1 - momentum) G_a),  where G_a = x - mean y over the clients of a, and
+    m = the mean of G_b over b's blocks d_a - 1 to d_b - 1.  (The released code overwrites m where
+    it should add.)  Where there is no m, as without clients of b, x becomes the mean of y; without
+    clients of a it stays.  Buffers of batch normalisation have no gradient, so no m.
     """
     weights, sender = server["weights"], senders(server["weights"], updates)
     own = {arch: own_part(state) for arch, state in weights.items()}
@@ -854,7 +856,8 @@ def scalefl_download(server: dict, client: Client, stream: Stream, *, rounds: in
                      warm_up: float = SCALEFL_WARM_UP) -> Scaled:
     """The sub-model of the client's level: narrower, and ending at an earlier exit.
 
-    Self-distillation begins after a share warm_up of all rounds; when --rounds grow, later.
+    Self-distillation begins once more than a share warm_up of all rounds is finished; when --rounds
+    grow, later.
     """
     return Scaled(submodel(server, client.arch), server["round"] > warm_up * rounds)
 
@@ -1036,7 +1039,8 @@ def feddf_distil(server: dict, updates: Mapping[int, Update], build: Callable, s
         last, the one counts that is best on them, as released; None: the last
     batch: proxy images a step;  step_size: Adam's learning rate, which falls along a cosine to 0
     Every architecture has a student, which begins with the average of its own clients, and they all
-    have all clients for teachers, and the same batches.
+    have all clients for teachers, and the same batches.  Raises FloatingPointError if a student is
+    no longer finite.
     """
     if distillation_steps == 0:
         return server
@@ -1057,6 +1061,8 @@ def feddf_distil(server: dict, updates: Mapping[int, Update], build: Callable, s
             optimizer.step()
             schedule.step()
             if step % check == 0 or step == distillation_steps:
+                if not all_finite(student.state_dict()):
+                    raise FloatingPointError("distillation: a weight is not finite any more")
                 right = num_right(student, validation)
                 if right >= best:
                     best, new[arch] = right, copy_state(student)
@@ -1161,7 +1167,7 @@ def why_unread(flag: Flag, method: Method, settings: Mapping[str, Any],
         return by_method + method.instead.get(flag.name, "")
     for other, values in flag.unless.items():
         if settings.get(other) in values:
-            return f"with {typed_as(other)} {settings[other]}"
+            return f"with {fixed.get(other, f'{typed_as(other)} {settings[other]}')}"
     if flag.when and not any(settings.get(other) in values for other, values in flag.when.items()):
         other = next(iter(flag.when))
         if other not in settings:
@@ -1208,8 +1214,7 @@ METHODS = {
     "fedavg": FEDAVG,
     "fedavg-ft": FEDAVG._replace(
         paper="AP-FL, Sec. 4.1", keeps="its model, at the end", stages={"late": fedavg_ft_late},
-        defaults=FEDAVG.defaults | APFL_SETTINGS | {
-            "finetune_epochs": By("setting", {"quick": 5}, FINETUNE_EPOCHS)}),
+        defaults=FEDAVG.defaults | APFL_SETTINGS | {"finetune_epochs": None}),
     "fedprox": FEDAVG._replace(
         paper="Li et al. 2020", client_update=fedprox_client_update,
         defaults=FEDAVG.defaults | {"mu": By("setting", {"apfl": FEDPROX_MU_APFL}, FEDPROX_MU)}),
@@ -1248,13 +1253,13 @@ METHODS = {
         paper="Chan et al. 2024", server_update=inco_server_update, averages=IN_STEP),
 }
 FLAGS = [
-    Flag("finetune_epochs", int, "epochs of each client after the last round (AP-FL Sec. 4.1)",
-         low=0),
+    Flag("finetune_epochs", int, "epochs of a client's one-off fine-tuning after the last round "
+         "(AP-FL Sec. 4.1: not stated); as many as --local-epochs", low=0),
     Flag("mu", float, "fedprox, fedin: weight of the proximal term (FedIN Eq. 3 and Sec. 5.1: mu/2 "
          "= 0.05; AP-FL: not stated); moon: of the contrastive loss (its own: 5)", low=0),
     Flag("proxy", str, "the server's unlabelled images: ones that no client has, noise, or yours",
          choices=PROXIES, file=".npz", unless={"distillation_steps": [0]}),
     Flag("distillation_steps", int, "steps a round on the server; 0: none", low=0),
-    Flag("self_distillation", float, "gamma: how much earlier exits learn from the last, after a "
-         "quarter of the rounds (0: as released)", low=0),
+    Flag("self_distillation", float, "gamma: how much earlier exits learn from the last, once "
+         "more than a quarter of the rounds is finished (0: as released)", low=0),
 ]

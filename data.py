@@ -300,8 +300,8 @@ def choose_images(labels: Tensor, seed: int, *, train_images: int | None = None,
 
     train_images: how many the clients get, a class-balanced subset; None: all
     proxy: None: the server has none.  Else it has some to validate with, and if this is "holdout"
-        also to distil on.  Both are among those that the subset leaves over; where these are fewer
-        than SERVER_SHARE of the clients' images for each, the clients give up some of theirs
+        also to distil on.  Both are among those that the subset leaves over; where these do not
+        make SERVER_SHARE of the clients' images for each, the clients give up some of theirs
     Returns the clients' images, those to distil on, and those to validate with.
     Raises ValueError if there are fewer images than asked for.
     """
@@ -405,6 +405,20 @@ def share_out(whole: Dataset, num_clients: int, seed: int, *, train_images: int 
                   None if proxy is None else (whole.x_train[validation], whole.y_train[validation]))
 
 
+def server_images(shared: Shared) -> dict[str, ClientData]:
+    """What the server has of its own, as clients have theirs: "proxy", "validation", or nothing.
+
+    The labels of "proxy" mean nothing.
+    """
+    if shared.proxy is None:
+        return {}
+    prepare = preparation(shared.statistics)
+    nothing = torch.zeros(len(shared.proxy), dtype=torch.int64, device=shared.proxy.device)
+    parts = {"proxy": (shared.proxy, nothing), "validation": shared.validation}
+    return {name: ClientData(images, labels, torch.arange(len(images), device=images.device),
+                             prepare) for name, (images, labels) in parts.items()}
+
+
 def on_device(value: object, device: str | torch.device) -> object:
     """The same nest of lists and named tuples with its tensors on a device."""
     if isinstance(value, Tensor):
@@ -484,8 +498,9 @@ def partition_dropout(labels: Tensor, num_clients: int, missing: float, classes_
         the round(missing C) last classes, at least one, are those
     classes_per_client: gamma
     The missing classes sit with as few dropout clients, the last ones by id, as can hold them.  If
-    these have places left, the classes before sit with them too, and with others.  Clients that
-    take part share all other classes as in partition_pathological.
+    these have places left, the classes before sit with them too.  Clients that take part share all
+    classes but the missing ones, as in partition_pathological: each has a holder among them as long
+    as there are places.
     Returns the parts, as partition_pathological does, and the ids of the dropout clients.  Ten
     clients, ten classes, gamma 2 and a share of 0.2 are the paper's Table 1: one of them alone
     holds 8 and 9.  Raises ValueError if too few classes or clients are left.
@@ -499,9 +514,9 @@ def partition_dropout(labels: Tensor, num_clients: int, missing: float, classes_
                          f"classes to {max(0, num_others)} of {num_clients} clients: at least two "
                          "classes and one client must take part")
     if classes_per_client > num_seen:
-        raise ValueError(f"--classes-per-client {classes_per_client} is more than the {num_seen} "
-                         f"classes that --missing-classes {missing:g} leaves to clients who take "
-                         f"part: give at most {num_seen}")
+        raise ValueError(f"a client cannot hold {classes_per_client} of the {num_seen} classes "
+                         f"that --missing-classes {missing:g} leaves to those who take part: give "
+                         f"--classes-per-client {num_seen} or less")
     holders = assign_classes(num_seen, num_others, classes_per_client, rng)
     holders += [[] for _ in range(num_missing)]
     dropouts = list(range(num_others, num_clients))
@@ -633,12 +648,6 @@ def augment(images: Tensor, mean: Tensor, deviation: Tensor, kind: Augmentation,
     in_rows = (rows >= top) & (rows < top + kind.hole)  # (B, H)
     in_columns = (columns >= left) & (columns < left + kind.hole)  # (B, W)
     return x.masked_fill((in_rows[:, :, None] & in_columns[:, None, :])[:, None], 0)
-
-
-def whole_of(images: Tensor, labels: Tensor, statistics: tuple[Tensor, Tensor]) -> ClientData:
-    """All of some images, as a client has its own; labels may be anything of as many rows."""
-    rows = torch.arange(len(images), device=images.device)
-    return ClientData(images, labels, rows, preparation(statistics))
 
 
 def samples_per_epoch(count: int, batch_size: int) -> int:

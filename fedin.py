@@ -164,7 +164,7 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Receiv
     """
     reset(model, optimizer, received.weights)
     rng = stream(NOISE)
-    level = noise if noise_on == "features" else 0.0
+    level = {"features": noise, "upload": 0.0}[noise_on]
     pairs = feature_pairs(received.features, feature_batch_size)
     local_share = {"simplified": multiplier / 2, "exact": 1.0, "sum": 1.0}[projection]
     loss_sum, samples = 0.0, 0
@@ -292,7 +292,8 @@ FLAGS = [
     Flag("noise", float, "noise on the features, as a multiple of their standard deviation; FedIN "
          f"(+Noise), Sec. 4.3: {NOISE_LEVEL}", low=0),
     Flag("noise_on", str, "noise in every forward pass (Sec. 4.3 of Eq. 5 and 6), or on what is "
-         "sent alone", choices=("features", "upload"), unless={"noise": [0]}),
+         "sent alone", choices=("features", "upload"), unless={"noise": [0],
+                                                                          "feature_batches": [0]}),
     Flag("projection", str, "gradient alleviation: Eq. 13, Eq. 12, or none",
          choices=("simplified", "exact", "sum")),
     Flag("ablate", list, "leave out IN training, the proximal term, the alleviation (Table 2b)",

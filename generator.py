@@ -36,7 +36,7 @@ DISTANCE = "rms"  # of Eq. 8; not as printed, see PAPERS.md
 LATENT_NOISE_DIM, LATENT_HIDDEN = 64, 512  # of FedGen's generator, whose paper has no such CNN
 LATENT_LR, LATENT_WEIGHT_DECAY = 3e-4, 1e-2  # of Adam, in FedGen's released code (MNIST)
 GENERATOR_LR = 1e-3  # of Adam, as in the work that the network is from (the paper gives none)
-SLICE = 1000  # samples that a training step holds in memory at a time, 1.5 MB each
+SLICE = 450  # samples that a training step holds in memory at a time, some 3 MB each
 SAMPLE_BATCH = 250  # synthetic images made at a time
 HUGE = 1e100  # no embedding has such a number, and its square would overflow
 
@@ -151,9 +151,8 @@ def diversity_loss(x: Tensor, *, distance: str = "l2") -> Tensor:
     Two equal samples have the subgradient 0, not NaN.
     """
     flat = x.flatten(2)
-    distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
-    if distance == "rms":
-        distances = distances / flat.shape[2] ** 0.5
+    unit = {"l2": 1.0, "rms": flat.shape[2] ** 0.5}[distance]
+    distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist") / unit
     classes, n_s = flat.shape[:2]
     return -distances.sum() / (classes * n_s * (n_s - 1))
 
@@ -170,8 +169,8 @@ def train_generator(generator: SemanticGenerator, teachers: Sequence[nn.Module],
     weights: (teachers, classes), alpha; a class that has none is skipped, since nobody can judge it
     generator_batch: n_s, samples of each class in a step (the paper feeds 600)
     A step of more than SLICE samples is made in slices, each with some of the n_s of every class,
-    whose gradients add up.  Batch normalisation and the pairs of Eq. 8 are then those of a slice:
-    of the same expectation, as samples are drawn independently.
+    whose gradients add up.  The pairs of Eq. 8 are then those within a slice, of the same mean, and
+    so are the statistics of batch normalisation, whose running ones move with every slice.
     """
     seen = weights.sum(dim=0).nonzero().flatten()
     for teacher in teachers:
@@ -197,7 +196,7 @@ def train_generator(generator: SemanticGenerator, teachers: Sequence[nn.Module],
 
 
 def slice_sizes(n_s: int, classes: int) -> list[int]:
-    """n_s divided evenly into slices of at most SLICE samples of all classes, at least 2 of each."""
+    """n_s divided evenly, so that so many samples of each class are at most SLICE, at least 2."""
     count = max(1, min(math.ceil(n_s / max(2, SLICE // classes)), n_s // 2))
     return [n_s // count + (number < n_s % count) for number in range(count)]
 
@@ -356,8 +355,8 @@ def encode_with_cache(encode: Callable[[list[str]], np.ndarray], classes: Sequen
                       cache: Path, prompt: str = PROMPT) -> np.ndarray:
     """What a text encoder gives for the class names, kept in an .npz from one run to the next.
 
-    prompt: a text with {} for the name.  What is kept goes by the text, so that of another prompt is
-    encoded anew.
+    prompt: a text with {} for the name.  What is kept goes by the text, so that with another
+        prompt it is encoded anew
     """
     texts = [prompt.format(name.replace("_", " ")) for name in classes]
     if cache.exists():

@@ -38,7 +38,7 @@ WIDTH_RESNETS = {  # pre-activation nets that are cut by width; the options of W
 }
 RATES = ("1/16", "1/8", "1/4", "1/2", "1")  # widths e to a of HeteroFL's "a1-b1-c1-d1-e1"
 EXITS = (1/2, 5/8, 3/4, 7/8, 1)  # share of the blocks before an exit of ScaleFL, for five levels
-EXIT_RATES = {  # their widths: with these each level has the parameters of HeteroFL's within 5 %
+EXIT_RATES = {  # their widths: each level then has nearly as many parameters as HeteroFL's
     "resnet18": ("1/4", "1/3", "1/2", "2/3", "1"), "resnet152": ("1/9", "3/16", "1/3", "3/5", "1")}
 MODELS = {  # what --model offers: the architectures of a federation, small to large
     "cnn": ("cnn",),
@@ -316,7 +316,6 @@ def scratch_network(arch: str, channels: int, num_classes: int, device: torch.de
     """A network without weights and its optimiser ("adam" or "sgd"), for client updates.
 
     momentum, weight_decay: of "sgd"
-
     Memory is laid out channels_last for the CNN alone: that was measured to be worth 1.24 x in its
     training on a CPU, where the ResNets at batch 16 would lose (0.77 x).
     """

@@ -71,7 +71,8 @@ COMMON = [  # of every method, or of a kind of run; defaults of all may go by th
     Flag("lr", float, "learning rate, constant", FEDERATION, by_setting(1e-3, 1e-3, 2e-4), above=0),
     Flag("optimizer", str, "new for every client update", FEDERATION, "adam",
          choices=("adam", "sgd")),
-    Flag("momentum", float, "of sgd", FEDERATION, 0.0, low=0, high=0.999, when=SGD),
+    Flag("momentum", float, "of sgd", FEDERATION, 0.0, low=0, high=0.999, when=SGD,
+         unless={"method": ["scaffold"]}),
     Flag("weight_decay", float, "of sgd", FEDERATION, 0.0, low=0, when=SGD),
     Flag("model", str, "resnets: ResNet10 to 26, evenly among the clients (FedIN); cnn (AP-FL); "
          "-widths: five widths of one network", FEDERATION,
@@ -175,7 +176,7 @@ def methods_table() -> str:
 def resolve(typed: dict) -> dict:
     """Every setting of a run: those of --setting, then of its method, then what was typed.
 
-    What depends on the data (beta, classes_per_client) stays None; prepare_experiment fills it in.
+    What depends on others or the data (beta, ...) stays None; prepare_experiment fills it in.
     Raises ValueError if something was typed that the run would not read, or if it cannot run.
     """
     method = METHODS[typed.get("method", FLAGS["method"].default)]
@@ -315,8 +316,8 @@ def prepare_experiment(settings: dict) -> Experiment:
     """
     seed, num_clients, method = settings["seed"], settings["clients"], METHODS[settings["method"]]
     loaded = data.load(settings["dataset"], settings.get("data_dir", "data"))
-    found = {"classes_per_client": data.classes_each(len(loaded.classes),
-                                                     settings["missing_classes"]),
+    found = {"finetune_epochs": settings["local_epochs"], "classes_per_client": data.classes_each(
+                 len(loaded.classes), settings["missing_classes"]),
              "beta": apfl.BETA_COLOUR if loaded.x_train.shape[1] == 3 else apfl.BETA_GRAY}
     settings = settings | {name: value for name, value in found.items()
                            if settings.get(name, value) is None}
@@ -327,14 +328,11 @@ def prepare_experiment(settings: dict) -> Experiment:
     clients = [Client(k, part, models.architecture_of(k, num_clients, archs))
                for k, part in enumerate(shared.parts)]
     owners = {client.id: client for client in clients if client.id not in shared.dropouts}
-    held = {} if proxy is None else {
-        "proxy": data.whole_of(shared.proxy, shared.proxy, shared.statistics),
-        "validation": data.whole_of(*shared.validation, shared.statistics)}
     spread = settings.get("speed_spread", apfl.SPEED_SPREAD)
     speeds = spread ** data.numpy_stream(seed, data.SPEEDS).uniform(size=num_clients)
     return Experiment(
-        settings, baselines.bind(method, settings, owners=owners, **held), shared.data,
-        clients, dropouts=shared.dropouts, seen=shared.seen, unseen=shared.unseen,
+        settings, baselines.bind(method, settings, owners=owners, **data.server_images(shared)),
+        shared.data, clients, dropouts=shared.dropouts, seen=shared.seen, unseen=shared.unseen,
         test_shares=shared.test_shares, statistics=shared.statistics, speeds=speeds.tolist(),
         idle={arch: [] for arch in archs})
 

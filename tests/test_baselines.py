@@ -497,6 +497,8 @@ def test_feddf_without_steps_is_the_average_and_with_them_nears_the_ensemble():
 def test_of_feddfs_students_the_best_on_held_out_images_counts():
     server = cnn_server(baselines.fedavg_init)
     updates = {0: baselines.Update(models.copy_state(models.CNN(1, 3)), 5)}
+    for state, label in ((server["weights"]["cnn"], 0), (updates[0].weights, 2)):
+        state["classifier.fc.bias"][label] += 2  # which it predicts
     proxy, seen = large_data(count=30, seed=9), []
 
     def build(arch, weights):
@@ -505,9 +507,8 @@ def test_of_feddfs_students_the_best_on_held_out_images_counts():
         return net
 
     def students(**options):
-        return baselines.feddf_distil(server, updates, build, stream, proxy=proxy, check=3,
-                                      distillation_steps=10, step_size=0.02, **options)[
-                                          "weights"]["cnn"]
+        return baselines.feddf_distil(server, updates, build, stream, proxy=proxy, **{
+            "check": 3, "distillation_steps": 10, "step_size": 0.2} | options)["weights"]["cnn"]
 
     validation = large_data(count=40, seed=4)
     by_steps = [server["weights"]["cnn"]]  # the average, and the student after 3, 6, 9 and 10 steps
@@ -515,7 +516,7 @@ def test_of_feddfs_students_the_best_on_held_out_images_counts():
     class Noted(torch.optim.Adam):
         def step(self):
             super().step()
-            seen.append([parameter.detach().clone() for parameter in self.param_groups[0]["params"]])
+            seen.append([weight.detach().clone() for weight in self.param_groups[0]["params"]])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "Adam", Noted)
@@ -532,6 +533,30 @@ def test_of_feddfs_students_the_best_on_held_out_images_counts():
         assert right[best] == 40 and same(students(validation=judges), by_steps[best])
         chosen.append(best)
     assert chosen[0] < chosen[1] == 4
+    like_the_average = validation._replace(labels=torch.zeros(40, dtype=torch.int64))
+    assert same(students(validation=like_the_average, step_size=20.0, check=10), by_steps[0])
+    with pytest.raises(FloatingPointError, match="not finite"):
+        students(validation=validation, step_size=1e38)
+
+
+def test_a_look_at_feddfs_student_leaves_its_training_as_it_is():
+    """With batch normalisation, whose statistics move in training and belong to the student."""
+    start = models.initial_weights(["resnet10"], 1, 3, torch.Generator().manual_seed(0),
+                                   torch.device("cpu"))["resnet10"]
+    proxy, labels = large_data(count=24, seed=9), large_data(count=10, seed=4)
+
+    def student(**options):
+        return baselines.feddf_distil(
+            baselines.fedavg_init({"resnet10": start}), {0: baselines.Update(start, 5)},
+            lambda arch, weights: models.load_network(arch, 1, 3, weights), stream, proxy=proxy,
+            batch=8, distillation_steps=4, **options)["weights"]["resnet10"]
+
+    last = student(check=4)
+    assert not torch.equal(last["extractor.bn1.running_mean"], start["extractor.bn1.running_mean"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "num_right", lambda model, data: len(models.predict(
+            model, data.images, data.prepare)) * 0)  # looks, and prefers the later one
+        assert same(student(check=1, validation=labels), last)
 
 
 def test_arguments_of_stateful_and_of_server_updates_are_unchanged():
@@ -577,7 +602,7 @@ def test_inclusivefl_keeps_last_blocks_and_classifiers_apart_and_shares_the_othe
     assert new["resnet14"][top_of_none] is new["resnet18"][top_of_none]
     assert not torch.equal(new["resnet14"][own], new["resnet18"][own])
     assert not any(torch.equal(new[one][fc], new[other][fc]) for one, other in pairwise(ARCHS))
-    # Its own is the mean over the clients of an architecture; with momentum where there is a larger.
+    # Its own is the mean over its clients, with momentum where there is a larger one.
     apart = baselines.fedavg_server_update(
         server, updates, aggregation=models.per_architecture_average)["weights"]
     assert torch.equal(new["resnet18"][own], apart["resnet18"][own])

@@ -132,7 +132,8 @@ CALLS = {
     "check_labels": lambda path: data.check_labels("y", np.arange(2), 2),
     "to_images": lambda path: data.to_images(pixels(2, 4, 4)),
     "first_line": lambda path: data.first_line(ValueError("a\nb")),
-    "whole_of": lambda path: data.whole_of(torch.zeros(2, 1, 4, 4), torch.zeros(2), (0.0, 1.0)),
+    "server_images": lambda path: data.server_images(data.share_out(data.read_digits(), 3, 0,
+                                                                    proxy="noise")),
     "choose_images": lambda path: data.choose_images(LABELS, 0, train_images=90, proxy="holdout"),
     "proxy_images": lambda path: data.proxy_images("noise", data.read_npz(save(path / "a.npz")),
                                                    HALVES[0][:0], 0),
@@ -932,9 +933,19 @@ def test_missing_classes_sit_with_the_last_clients_alone(num_classes, num_client
     assert (held[np.ix_(gone, alone)].sum(axis=0) == 1).all()
     assert sorted(np.flatnonzero(held[gone].any(axis=0))) == sorted(alone + shared)
     places, seen = len(others) * each, num_classes - len(alone)
-    assert held[others].any(axis=0).sum() == min(places, seen)  # none is left out while there is one
+    assert held[others].any(axis=0).sum() == min(places, seen)
     if places >= seen:
         assert_partition(parts, torch.arange(len(labels)))
+
+
+@pytest.mark.parametrize("missing, last", [(0.2, [[9], [9]]), (0.1, [[9]])])
+def test_ten_classes_and_ten_clients_are_dealt_as_in_the_papers_table(missing, last):
+    rng, again = numpy_rng(3), numpy_rng(3)
+    parts, _ = data.partition_dropout(UNEVEN, 10, missing, 2, rng)
+    holders = data.assign_classes(10 - len(last), 9, 2, again) + last
+    if missing == 0.1:
+        holders[8].append(9)
+    assert all(map(torch.equal, parts, data.deal_classes(UNEVEN, holders, 10, again)))
 
 
 @pytest.mark.parametrize("num_classes, each", [(2, 2), (10, 2), (11, 3), (26, 6), (100, 20)])
@@ -945,18 +956,21 @@ def test_in_the_dropout_setting_a_client_holds_a_fifth_of_the_classes(num_classe
 
 @pytest.mark.parametrize("num_clients, missing, each, complaint_of", [
     (10, 0.9, 2, "at least two"), (10, 1.0, 2, "at least two"), (1, 0.1, 2, "0 of 1 clients"),
-    (2, 0.4, 2, "0 of 2 clients"), (10, 0.2, 9, "--classes-per-client 9 is more than the 8")])
+    (2, 0.4, 2, "0 of 2 clients"), (10, 0.2, 9, "give --classes-per-client 8 or less")])
 def test_a_dropout_setting_that_leaves_too_little_is_an_error(num_clients, missing, each,
                                                               complaint_of):
     message = complaint(data.partition_dropout, UNEVEN, num_clients, missing, each, numpy_rng())
     assert f"--missing-classes {missing:g}" in message and complaint_of in message
 
 
-def test_all_of_some_images_are_standardised_as_those_of_clients():
-    images, labels = torch.randint(256, (5, 1, SIZE, SIZE), dtype=torch.uint8), torch.arange(5)
-    whole = data.whole_of(images, labels, (torch.tensor(3.0), torch.tensor(2.0)))
-    assert torch.equal(whole.images[whole.indices], images) and whole.labels is labels
-    assert torch.equal(whole.prepare(images), (images.float() - 3) / 2)
+def test_the_server_has_its_images_as_clients_have_theirs():
+    shared = data.share_out(data.load("digits"), 3, 0, proxy="noise")
+    own = data.server_images(shared)
+    for name, images in (("proxy", shared.proxy), ("validation", shared.validation[0])):
+        assert torch.equal(own[name].images[own[name].indices], images)
+        assert torch.equal(own[name].prepare(images), data.standardise(images, *shared.statistics))
+    assert torch.equal(own["validation"].labels, shared.validation[1])
+    assert data.server_images(data.share_out(data.load("digits"), 3, 0)) == {}
 
 
 def test_an_epoch_visits_as_many_samples_as_it_says():

@@ -241,31 +241,36 @@ class Odds(nn.Module):
         return self.classifier["fc"]["bias"].expand(len(x), 2)
 
 
-@pytest.mark.parametrize("uniform, optimum", [(False, 36 / 200), (True, (18 / 20 + 18 / 180) / 2)])
-def test_scaffold_finds_the_optimum_of_its_average(uniform, optimum):
-    """18 of 20 and 18 of 180 images are of class 1: pooled 36 of 200; counted alike the mean."""
+POOLED, ALIKE = 36 / 200, (18 / 20 + 18 / 180) / 2  # 18 of 20 and 18 of 180 images are of class 1
+
+
+@pytest.mark.parametrize("uniform, batch_size, optimum, accuracy", [
+    (False, 200, POOLED, 1e-6), (True, 200, ALIKE, 1e-6),
+    (False, 20, POOLED, 0.01), (True, 20, ALIKE, 0.01)])  # 4 and 36 steps, of batches by chance
+def test_scaffold_finds_the_optimum_of_its_average(uniform, batch_size, optimum, accuracy):
     labels = torch.tensor(([1] * 18 + [0] * 2) + ([1] * 18 + [0] * 162))
     indices = {0: torch.arange(20), 1: torch.arange(20, 200)}
     owners = {k: Client(k, rows, "odds") for k, rows in indices.items()}
     server = baselines.scaffold_init({"odds": models.copy_state(Odds())})
     kept = {k: baselines.scaffold_initial_memory(server, client) for k, client in owners.items()}
-    for round in range(60):
+    for round in range(200 if batch_size == 200 else 30):
         updates = {}
         for k, client in owners.items():
             model, stream = Odds(), stream_of(k, round)
             own = data.ClientData(torch.zeros(200, 1), labels, client.indices, lambda x: x)
             result = baselines.scaffold_client_update(
-                model, torch.optim.SGD(model.parameters(), lr=0.5),
+                model, torch.optim.SGD(model.parameters(), lr=0.1),
                 baselines.scaffold_download(server, client, stream), own, stream, kept[k],
-                local_epochs=4, batch_size=200)
+                local_epochs=4, batch_size=batch_size)
             updates[k], kept[k] = result.update, result.kept
         server = baselines.scaffold_server_update(server, updates, owners=owners, uniform=uniform)
     share = server["weights"]["odds"]["classifier.fc.bias"].softmax(dim=0)[1].item()
-    assert share == pytest.approx(optimum, abs=1e-6)
+    assert share == pytest.approx(optimum, abs=accuracy)
 
 
 def test_scaffold_of_a_single_client_is_gradient_descent():
-    server, one = baselines.scaffold_init(shared_weights(["deep"])), Client(2, own_data(2).indices, "deep")
+    server = baselines.scaffold_init(shared_weights(["deep"]))
+    one = Client(2, own_data(2).indices, "deep")
     kept = baselines.scaffold_initial_memory(server, one)
     y = arrays(shared_weights(["deep"])["deep"])
     for round in range(3):

@@ -282,10 +282,6 @@ def test_options_of_sgd_and_of_noise_do_what_they_say(tmp_path):
              weights("upload", "--noise 0.8 --noise-on upload"), weights("quiet")]
     assert sum(noise[0] == one for one in noise) == 2  # itself and the default spelt out
     assert noise[2] != noise[1] != noise[3] != noise[2]
-    # With noise on uploads alone and nobody to learn from theirs, it is the run without noise.
-    ablated = [weights(name, "--ablate in", flags) for name, flags in (
-        ("in", ""), ("in-upload", "--noise 0.8 --noise-on upload"))]
-    assert ablated[0] == ablated[1]
 
 
 def test_aggregation_per_architecture_is_layerwise_where_there_is_one_alone(tmp_path):
@@ -465,11 +461,43 @@ def test_dropout_clients_have_no_share_in_static_statistics(monkeypatch):
     assert experiment.dropouts == [3] and sum(map(len, seen)) == there
 
 
+@pytest.mark.parametrize("num_classes, each", [(26, 6), (100, 20)])
+@pytest.mark.parametrize("missing", [0.1, 0.2])
+def test_in_the_dropout_setting_ten_clients_hold_all_classes(num_classes, each, missing, tmp_path):
+    y = np.arange(5 * num_classes) % num_classes
+    np.savez(tmp_path / "many.npz", x_train=np.zeros((len(y), 8, 8), np.uint8), y_train=y,
+             x_test=np.zeros((len(y), 8, 8), np.uint8), y_test=y)
+    typed = {"dataset": str(tmp_path / "many.npz"), "setting": "quick", "missing_classes": missing}
+    experiment = run.prepare_experiment(run.resolve(typed))
+    gone = round(missing * num_classes)
+    assert experiment.settings["classes_per_client"] == each and experiment.dropouts == [9]
+    assert experiment.seen == list(range(num_classes - gone))
+    assert experiment.unseen == list(range(num_classes - gone, num_classes))
+    fewer = run.prepare_experiment(run.resolve(typed | {"classes_per_client": each // 2}))
+    labels = [fewer.data.y_train[client.indices].unique() for client in fewer.clients]
+    assert {len(own) for own in labels} == {each // 2}
+    assert len(fewer.dropouts) == -(-gone // (each // 2))
+
+
 def test_scaffolds_server_counts_the_clients_that_take_part():
     settings = run.resolve({"method": "scaffold", "missing_classes": 0.2})
     bound = run.prepare_experiment(settings).method.server_update.keywords
     assert list(bound["owners"]) == list(range(9))  # of ten clients the last has dropped out
     assert [bound["owners"][k].arch for k in (0, 8)] == ["resnet10", "resnet26"]
+
+
+def test_fine_tuning_has_epochs_of_its_own(tmp_path):
+    saved = {}
+    for epochs in ("", "0", "1", "3"):
+        flags = ["--finetune-epochs", epochs] if epochs else []
+        go(tmp_path / epochs / "run", *CNN, "--method", "fedavg-ft", "--rounds", "2", *flags)
+        saved[epochs] = torch.load(tmp_path / epochs / "run" / "checkpoint.pt", weights_only=True)
+    tuned = {epochs: one["after"]["late"][0]["classifier.fc.bias"].tolist()
+             for epochs, one in saved.items()}
+    rounds = [one["server"]["weights"]["cnn"]["classifier.fc.bias"].tolist()
+              for one in saved.values()]
+    assert all(one == rounds[0] for one in rounds) and tuned["0"] == rounds[0]
+    assert tuned[""] == tuned["1"] != tuned["3"] != tuned["0"]  # 1 is what --local-epochs says
 
 
 def test_moon_with_mu_zero_is_fedavg_from_the_command_line_too(tmp_path):
@@ -518,8 +546,15 @@ def test_a_proxy_of_other_channels_is_refused(tmp_path, capsys):
 
 
 def test_a_server_that_diverges_stops_the_run(tmp_path, capsys, monkeypatch):
+    feddf = run.METHODS["feddf"]
+    monkeypatch.setitem(run.METHODS, "feddf", feddf._replace(distil=partial(
+        feddf.distil, step_size=1e38)))
+    error = refused(capsys, *CNN, "--method", "feddf", "--distillation-steps", "3", "--out",
+                    str(tmp_path / "feddf"), status=1)
+    assert "round 1, distillation: a weight is not finite any more" in error
     monkeypatch.setattr(generator, "LATENT_LR", 1e30)
-    error = refused(capsys, *CNN, "--method", "fedgen", "--out", str(tmp_path), status=1)
+    error = refused(capsys, *CNN, "--method", "fedgen", "--out", str(tmp_path / "fedgen"),
+                    status=1)
     assert "round 1, the server's training: a weight is not finite" in error
 
 
@@ -625,10 +660,16 @@ def test_global_generators_are_left_alone(tmp_path):
     ("--method apfl --model resnets", "--model resnets does not go with --method apfl: give --mod"),
     ("--missing-classes 0.2 --alpha 0.5", "--alpha is not read with --missing-classes"),
     ("--missing-classes 0.2 --partition iid", "--partition is not read with --missing-classes"),
-    ("--missing-classes 0.2 --classes-per-client 9", "give at most 8"),
+    ("--missing-classes 0.2 --classes-per-client 9", "give --classes-per-client 8 or less"),
     ("--missing-classes 0.9", "at least two classes"),
     ("--missing-classes 0.3 --clients 2", "one client must take part"),
     ("--missing-classes 1.2", "must be at most 1"),
+    ("--noise-on upload", "--noise-on is not read with --noise 0"),
+    ("--noise 0.8 --noise-on upload --ablate in", "--noise-on is not read with --ablate in"),
+    ("--momentum 0.9", "--momentum is not read with --optimizer adam"),
+    ("--method scaffold --optimizer sgd --momentum 0.9", "is not read with --method scaffold"),
+    ("--optimizer sgd --momentum 1", "--momentum must be at most 0.999"),
+    ("--method apfl --finetune-epochs 3", "--finetune-epochs is not read by --method apfl"),
     ("--method apfl --beta 2", "--beta must be at most 1"),
     ("--method apfl --generator-batch 1", "--generator-batch must be a whole number at least 2"),
     ("--method apfl --semantics nowhere.npz", "no file nowhere.npz: check --semantics"),
