@@ -47,9 +47,9 @@ from data import (BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, LATENT, PROXIES, 
 from generator import (class_weights, initial_latent_generator, load_latent_generator,
                        sample_latents, train_latent_generator)
 from models import (State, all_finite, average, block_of, copy_state, extract, index_sets,
-                    interpolate, is_parameter, layerwise_average, load_network, num_bytes,
-                    per_architecture_average, predict, predict_logits, representation, shapes,
-                    with_exits)
+                    interpolate, is_parameter, layerwise_average, learnt_part, load_network,
+                    num_bytes, per_architecture_average, predict, predict_logits, representation,
+                    shapes, with_exits)
 
 FEDPROX_MU = 0.1  # mu; FedIN prints mu/2 = 0.05 for FedProx and for itself (Sec. 5.1)
 FEDPROX_MU_APFL = 0.01  # mu in AP-FL's setting, where the paper gives none
@@ -313,12 +313,12 @@ def fedprox_client_update(model: nn.Module, optimizer: Optimizer, received: Stat
                           mu: float = FEDPROX_MU) -> Result:
     """FedAvg's update with the proximal term (mu/2) ||w - w_received||^2 added to the loss."""
     reset(model, optimizer, received)
-    loss_sum, samples = 0.0, 0
+    start, loss_sum, samples = learnt_part(model, received), 0.0, 0
     for x, y in batches(data, batch_size, local_epochs, stream(BATCHES)):
         loss = F.cross_entropy(model(x), y)
         optimizer.zero_grad()
         loss.backward()
-        add_proximal_gradient(model, received, mu)
+        add_proximal_gradient(model, start, mu)
         optimizer.step()
         loss_sum, samples = loss_sum + loss.detach() * len(y), samples + len(y)
     update = Update(copy_state(model), len(data.indices))
@@ -438,7 +438,7 @@ def scaffold_client_update(model: nn.Module, optimizer: Optimizer, received: Sca
     """
     reset(model, optimizer, received.weights)
     lr = optimizer.param_groups[0]["lr"]
-    correction = {name: c - kept[name] for name, c in received.variate.items()}
+    correction = learnt_part(model, {name: c - kept[name] for name, c in received.variate.items()})
     loss_sum, samples, steps = 0.0, 0, 0
     for x, y in batches(data, batch_size, local_epochs, stream(BATCHES)):
         loss = F.cross_entropy(model(x), y)

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from baselines import (FEDAVG, IN_STEP, Client, Flag, Result, Stream, add_proximal_gradient,
                        fedavg_init, fedavg_server_update, reset)
 from data import BATCHES, FEATURE_BATCH, FEATURE_NOISE, FEATURE_POOL, NOISE, ClientData, batches
-from models import State, copy_state, layerwise_average
+from models import State, copy_state, layerwise_average, learnt_part
 
 MU = 0.1  # mu, Sec. 5.1: "mu/2 ... is 0.05"
 MULTIPLIER = 1.0  # lambda, Sec. 4.2
@@ -167,7 +167,7 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Receiv
     level = {"features": noise, "upload": 0.0}[noise_on]
     pairs = feature_pairs(received.features, feature_batch_size)
     local_share = {"simplified": multiplier / 2, "exact": 1.0, "sum": 1.0}[projection]
-    loss_sum, samples = 0.0, 0
+    start, loss_sum, samples = learnt_part(model, received.weights), 0.0, 0
     for step, (x, y) in enumerate(batches(data, batch_size, local_epochs, stream(BATCHES))):
         s_in = add_noise(model.extractor(x), level, rng)  # Eq. 4
         s_out = add_noise(model.intermediate(s_in), level, rng)  # Eq. 5
@@ -175,18 +175,18 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Receiv
         optimizer.zero_grad()
         if not pairs:
             l_ce.backward()
-            add_proximal_gradient(model, received.weights, mu)  # second term of Eq. 3
+            add_proximal_gradient(model, start, mu)  # second term of Eq. 3
         else:
             theirs_in, theirs_out = pairs[step % len(pairs)]
             with batch_norm_mode(model.intermediate, in_statistics):
                 l_in = F.mse_loss(model.intermediate(theirs_in), theirs_out)  # Eq. 7
             if projection == "exact":
                 l_ce.backward()
-                add_proximal_gradient(model, received.weights, mu)
+                add_proximal_gradient(model, start, mu)
                 set_projected_gradients(model.intermediate, l_in, whole)  # Eq. 12
             else:  # G_IN is zero outside the intermediate layers, so Eq. 13 is one backward pass
                 (l_in + local_share * l_ce).backward()
-                add_proximal_gradient(model, received.weights, local_share * mu)
+                add_proximal_gradient(model, start, local_share * mu)
         optimizer.step()
         loss_sum, samples = loss_sum + l_ce.detach() * len(y), samples + len(y)
 

@@ -20,6 +20,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 State = dict[str, Tensor]  # the weights of a network: parameters and buffers by name
@@ -84,6 +85,80 @@ class CNN(nn.Module):
         return self.classifier(self.intermediate(self.extractor(x)))
 
 
+WHOLE = (slice(None),) * 4  # of a convolution's weight (out, in, height, width)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution without bias that does not multiply zero padding.
+
+    Where a ResNet's last stage works on 1x1 maps, a 3x3 kernel with padding 1 meets the image with
+    its centre alone, and the convolution is a matrix product with that tap; see live_taps.
+    Weights, names and results are those of torch's convolution, but for rounding.
+
+    The other taps have no gradient, ever.  trim() leaves them out of the parameter, so that
+    gradients, optimisers and proximal terms need not walk over them (more than half of ResNet18).
+    state_dict() has whole kernels all the same, those taps as they were loaded.
+    """
+
+    def __init__(self, width_in: int, width: int, size: int, stride: int = 1, padding: int = 0):
+        super().__init__(width_in, width, size, stride=stride, padding=padding, bias=False)
+        self.trimmed_to, self.loaded = WHOLE, None  # taps in the parameter, and the whole kernel
+
+    def taps(self, height: int, width: int) -> tuple[tuple[slice, ...], tuple[int, int]]:
+        """Where in a kernel the taps are that meet a map of this size, and the padding they need."""
+        (rows, above), (columns, left) = (live_taps(*along) for along in zip(
+            (height, width), self.kernel_size, self.stride, self.padding))
+        return (*WHOLE[:2], rows, columns), (above, left)
+
+    def trim(self, height: int, width: int) -> None:
+        """Keep of the parameter the taps that meet maps of this size, the only one it then fits."""
+        self.trimmed_to, _ = self.taps(height, width)
+        self.weight = nn.Parameter(self.weight.detach()[self.trimmed_to].contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, size = self.weight, x.shape[2:]
+        live, padding = self.taps(*size)
+        if self.trimmed_to == WHOLE and live != WHOLE:
+            weight = weight[live]
+        elif live != self.trimmed_to:
+            raise ValueError(f"this network was trimmed to images of another size (a map is {size})")
+        if padding == (0, 0) and size == weight.shape[2:]:  # the kernel has one place on the map
+            return F.linear(x.flatten(1), weight.flatten(1))[..., None, None]
+        return F.conv2d(x, weight, None, self.stride, padding)
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        if self.trimmed_to != WHOLE:
+            self.loaded = state_dict[prefix + "weight"]
+            state_dict = state_dict | {prefix + "weight": self.loaded[self.trimmed_to]}
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.trimmed_to != WHOLE:
+            whole = self.loaded.detach().clone()
+            whole[self.trimmed_to] = self.weight.detach()
+            destination[prefix + "weight"] = whole
+
+
+@functools.cache
+def live_taps(size: int, kernel: int, stride: int, padding: int) -> tuple[slice, int]:
+    """The taps of a kernel, along one side, that meet a map of this size, and the padding they need.
+
+    The map has size pixels and padding zeros on either side.  Tap j of the output's pixel i is
+    multiplied with pixel i * stride + j - padding.
+    """
+    outputs = (size + 2 * padding - kernel) // stride + 1
+    met = {j for i in range(outputs) for j in range(kernel) if 0 <= i * stride + j - padding < size}
+    if not met or len(met) == kernel:
+        return slice(None), padding
+    first, last = min(met), max(met)
+    before = padding - first
+    after = (outputs - 1) * stride + last - padding - (size - 1)
+    if not 0 <= before - after < stride:  # as much padding on both sides would give another size
+        return slice(None), padding
+    return slice(first, last + 1), before
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut around them (He et al., 2016); torchvision's names.
 
@@ -93,10 +168,10 @@ class BasicBlock(nn.Module):
     def __init__(self, width_in: int, width: int, stride: int = 1,
                  downsample: nn.Module | None = None):
         super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = Conv2d(width_in, width, 3, stride=stride, padding=1)
         self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = Conv2d(width, width, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = downsample
 
@@ -119,7 +194,7 @@ class ResNet(nn.Module):
                  cut: str = "stem", projection: int | None = None):
         super().__init__()
         stem = OrderedDict(
-            conv1=nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False),  # 32 -> 16
+            conv1=Conv2d(channels, 64, 7, stride=2, padding=3),  # 32 -> 16
             bn1=nn.BatchNorm2d(64),
             relu=nn.ReLU(inplace=True),
             maxpool=nn.MaxPool2d(3, stride=2, padding=1),  # 16 -> 8
@@ -149,7 +224,7 @@ def resnet_stage(width_in: int, width: int, blocks: int, stride: int) -> nn.Sequ
     """One stage of a ResNet: BasicBlocks of one width; the first changes size and width."""
     shortcut = None
     if stride != 1 or width_in != width:
-        shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride=stride, bias=False),
+        shortcut = nn.Sequential(Conv2d(width_in, width, 1, stride=stride),
                                  nn.BatchNorm2d(width))
     first = BasicBlock(width_in, width, stride, downsample=shortcut)
     return nn.Sequential(first, *(BasicBlock(width, width) for _ in range(blocks - 1)))
@@ -201,18 +276,18 @@ class PreActivationBlock(nn.Module):
         self.width_out = 4 * width if bottleneck else width
         if bottleneck:
             self.body = nn.Sequential(
-                nn.Conv2d(width_in, width, 1, bias=False), scaled_norm(width, rate),
-                nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False),
+                Conv2d(width_in, width, 1), scaled_norm(width, rate),
+                Conv2d(width, width, 3, stride=stride, padding=1),
                 scaled_norm(width, rate),
-                nn.Conv2d(width, self.width_out, 1, bias=False))
+                Conv2d(width, self.width_out, 1))
         else:
             self.body = nn.Sequential(
-                nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False),
+                Conv2d(width_in, width, 3, stride=stride, padding=1),
                 scaled_norm(width, rate),
-                nn.Conv2d(width, width, 3, padding=1, bias=False))
+                Conv2d(width, width, 3, padding=1))
         self.shortcut = None
         if stride != 1 or width_in != self.width_out:
-            self.shortcut = nn.Conv2d(width_in, self.width_out, 1, stride=stride, bias=False)
+            self.shortcut = Conv2d(width_in, self.width_out, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.norm(x)
@@ -233,8 +308,8 @@ class WidthResNet(nn.Module):
                  stem_stride: int, rate: float = 1.0, exits: Sequence[int] | None = None):
         super().__init__()
         widths = [math.ceil(rate * full) for full in (64, 128, 256, 512)]
-        self.extractor = nn.Sequential(OrderedDict(conv1=nn.Conv2d(
-            channels, widths[0], 3, stride=stem_stride, padding=1, bias=False)))
+        self.extractor = nn.Sequential(OrderedDict(conv1=Conv2d(
+            channels, widths[0], 3, stride=stem_stride, padding=1)))
         body, width_in = [], widths[0]
         for stage, (count, width) in enumerate(zip(blocks, widths)):
             for block in range(count):
@@ -311,21 +386,43 @@ def load_network(arch: str, channels: int, num_classes: int, weights: State) -> 
 
 
 def scratch_network(arch: str, channels: int, num_classes: int, device: torch.device, *,
-                    optimizer: str, lr: float, momentum: float = 0.0,
-                    weight_decay: float = 0.0) -> tuple[nn.Module, torch.optim.Optimizer]:
+                    optimizer: str, lr: float, momentum: float = 0.0, weight_decay: float = 0.0,
+                    size: int = 32) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A network without weights and its optimiser ("adam" or "sgd"), for client updates.
 
     momentum, weight_decay: of "sgd"
+    size: pixels along a side of the images, the only size that the network then fits; see trimmed
     Memory is laid out channels_last for the CNN alone: that was measured to be worth 1.24 x in its
     training on a CPU, where the ResNets at batch 16 would lose (0.77 x).
     """
-    model = build_empty(arch, channels, num_classes, device)
+    with torch.device("meta"):
+        model = trimmed(build(arch, channels, num_classes), channels, size)
+    model.to_empty(device=device)
     if arch == "cnn":
         model = model.to(memory_format=torch.channels_last)
     if optimizer == "adam":
         return model, torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     return model, torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum,
                                   weight_decay=weight_decay, fused=True)
+
+
+def trimmed(model: nn.Module, channels: int, size: int) -> nn.Module:
+    """The network without the taps that never meet an image of this size; see Conv2d."""
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: layer.trim(*inputs[0].shape[2:]))
+             for layer in model.modules() if isinstance(layer, Conv2d)]
+    with torch.no_grad():
+        model.eval()(next(model.parameters()).new_zeros(2, channels, size, size))
+    for hook in hooks:
+        hook.remove()
+    return model.train()
+
+
+def learnt_part(model: nn.Module, weights: State) -> State:
+    """Of weights by name, what the network's parameters hold: of a trimmed kernel, its taps."""
+    return {name: weights[name][layer.trimmed_to].contiguous() if isinstance(layer, Conv2d)
+            else weights[name]
+            for part, layer in model.named_modules()
+            for name, _ in layer.named_parameters(part, recurse=False)}
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import same, tiny_net
+from torch import nn
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
@@ -57,7 +58,110 @@ def test_resnet_is_torchvisions(arch):
     theirs.load_state_dict(plain)
     x = torch.randn(4, 3, 32, 32)
     for mode in (True, False):
-        assert torch.equal(ours.train(mode)(x), theirs.train(mode)(x))
+        torch.testing.assert_close(ours.train(mode)(x), theirs.train(mode)(x), rtol=1e-5, atol=1e-5)
+
+
+def plain_convolutions(net):
+    """The network, computed by torch's own convolutions."""
+    for layer in net.modules():
+        if isinstance(layer, models.Conv2d):
+            layer.__class__ = nn.Conv2d
+    return net
+
+
+@pytest.mark.parametrize("size", range(1, 10))
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_convolution_is_torchs_whole_or_trimmed(size, stride, dtype, tolerance):
+    kernels = [(kernel, padding) for kernel in (1, 2, 3, 5, 7) for padding in range(kernel // 2 + 1)
+               if kernel <= size + 2 * padding]
+    for kernel, padding in kernels:
+        whole, trimmed = (models.Conv2d(3, 4, kernel, stride, padding).to(dtype) for _ in range(2))
+        theirs = nn.Conv2d(3, 4, kernel, stride, padding, bias=False).to(dtype)
+        theirs.load_state_dict(whole.state_dict())
+        trimmed.trim(size, size + 1)
+        trimmed.load_state_dict(whole.state_dict())
+        x = torch.randn(5, 3, size, size + 1, dtype=dtype)
+        outcomes = []
+        for layer in (theirs, whole, trimmed):
+            leaf = x.clone().requires_grad_()
+            out = layer(leaf)
+            out.square().sum().backward()
+            gradient = torch.zeros_like(theirs.weight)
+            gradient[getattr(layer, "trimmed_to", models.WHOLE)] = layer.weight.grad
+            outcomes.append((out, leaf.grad, gradient))
+        for ours in outcomes[1:]:
+            torch.testing.assert_close(ours, outcomes[0], rtol=tolerance, atol=10 * tolerance)
+
+
+def test_a_kernel_keeps_the_taps_that_meet_the_map():
+    everything = slice(None)
+    assert models.live_taps(size=1, kernel=3, stride=1, padding=1) == (slice(1, 2), 0)
+    assert models.live_taps(size=2, kernel=3, stride=2, padding=1) == (slice(1, 3), 0)
+    assert models.live_taps(size=2, kernel=3, stride=1, padding=1) == (everything, 1)
+    assert models.live_taps(size=2, kernel=7, stride=1, padding=3) == (slice(2, 5), 1)
+    assert models.live_taps(size=32, kernel=7, stride=2, padding=3) == (everything, 3)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_ten_steps_of_a_trimmed_network_are_those_of_a_plain_one(optimizer, dtype, tolerance):
+    def stack():
+        return nn.Sequential(models.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(),
+                             models.Conv2d(8, 8, 3, 2, 1), models.Conv2d(8, 4, 3, 1, 1)).to(dtype)
+
+    kind = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]
+    for size in range(1, 10):
+        whole, plain, trimmed = stack(), plain_convolutions(stack()), models.trimmed(stack(), 3, size)
+        start = models.copy_state(whole)
+        x, y = torch.randn(6, 3, size, size, dtype=dtype), torch.randn(6, dtype=dtype)
+        for net in (plain, whole, trimmed):
+            net.load_state_dict(start)
+            steps = kind(net.parameters(), lr=1e-2)
+            for _ in range(10):
+                loss = (net(x).mean(dim=(1, 2, 3)) - y).square().mean()
+                steps.zero_grad()
+                loss.backward()
+                steps.step()
+        for net in (whole, trimmed):
+            torch.testing.assert_close(models.copy_state(net), models.copy_state(plain),
+                                       rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("arch", ["resnet10", "resnet18-1/16", "cnn"])
+def test_a_scratch_network_predicts_and_saves_what_it_loads(arch):
+    net = models.build(arch, 3, 10).eval()
+    scratch, _ = models.scratch_network(arch, 3, 10, torch.device("cpu"), optimizer="adam", lr=1e-3)
+    state = models.copy_state(net)
+    scratch.load_state_dict(state)
+    assert same(models.copy_state(scratch), state)
+    x = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(scratch.eval()(x), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_what_never_meets_an_image_is_no_parameter_and_stays_as_it_was():
+    net, optimizer = models.scratch_network("resnet10", 3, 10, torch.device("cpu"),
+                                            optimizer="sgd", lr=0.1)
+    # 3x3 kernels of which one tap is left, two of 512 x 512, and 2x2 of one of 512 x 256.
+    idle = 8 * 512 * 512 + 5 * 512 * 256
+    assert num_parameters(net) == RESNETS["resnet10"][0] - idle
+    start = models.copy_state(models.build("resnet10", 3, 10))
+    net.load_state_dict(start)
+    net(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    moved = {name: tensor != start[name] for name, tensor in net.state_dict().items()}
+    name = "intermediate.layer4.0.conv2.weight"
+    assert moved[name][:, :, 1, 1].any() and moved[name].sum() == moved[name][:, :, 1, 1].sum()
+    assert same(models.learnt_part(net, net.state_dict()),
+                {name: parameter.detach() for name, parameter in net.named_parameters()})
+    with pytest.raises(ValueError, match="trimmed to images of another size"):
+        net(torch.randn(4, 3, 64, 64))
+
+
+def test_most_of_the_five_resnets_never_meets_a_32x32_image():
+    sizes = [num_parameters(models.trimmed(models.build_empty(arch, 3, 10, META), 3, 32))
+             for arch in models.MODELS["resnets"]]
+    assert sum(sizes) / len(sizes) == 4_502_346  # of 12,288,022.8: 63 % are idle
 
 
 def test_resnet_weights_are_drawn_like_torchvisions():
