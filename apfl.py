@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from baselines import (APFL_SETTINGS, FEDAVG, By, Experiment, Flag, LabelledUpdate, Result, Stream,
                        Task, Update, fedavg_client_update, fedavg_init, fedavg_server_update,
-                       figures, round_figures, train_late, with_class_counts)
+                       figures, predicted_right, round_figures, train_late, with_class_counts)
 from data import (BATCHES, FRIEND_BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, SYNTHETIC,
                   ClientData, samples_per_epoch)
 from generator import (BALANCE, DISTANCE, NOISE_DIM, SEMANTICS, SemanticGenerator, class_weights,
@@ -190,7 +190,7 @@ def apfl_late(experiment: Experiment, server: dict, after: Mapping, *, local_epo
 def apfl_memorise(server: dict, generator: SemanticGenerator, build: Callable[[State], nn.Module],
                   rng: torch.Generator, *, generator_steps: int, generator_batch: int,
                   balance: float = BALANCE, teacher: str = TEACHER, distance: str = DISTANCE,
-                  of_all: bool = False) -> Iterator[tuple[float, float]]:
+                  of_all: bool = False) -> Iterator[Tensor]:
     """Train the generator under the models' supervision (Eq. 6-9); yields its two losses by step.
 
     build: makes a network of weights
@@ -224,8 +224,10 @@ def apfl_generator(experiment: Experiment, server: dict, after: Mapping, *, nois
                            generator_steps=generator_steps, generator_batch=generator_batch,
                            balance=balance, teacher=teacher, distance=distance)
     bar = experiment.watch(losses, "generator", "step", generator_steps)
-    for l_cls, l_diversity in bar:
-        bar.set_postfix_str(f"L_cls {l_cls:.3f}, L_diversity {l_diversity:.3f}", refresh=False)
+    for step, losses in enumerate(bar):
+        if step % 10 == 0:  # since reading them waits for the device
+            bar.set_postfix_str("L_cls {:.3f}, L_diversity {:.3f}".format(*losses.tolist()),
+                                refresh=False)
     if not all_finite(net.state_dict()):
         raise FloatingPointError("generator: a weight is not finite any more")
     return copy_state(net)
@@ -368,11 +370,10 @@ def group_accuracies(experiment: Experiment, right: Mapping[int, Tensor]) -> dic
             share_accuracies({k: right[k] for k in ids}, experiment.test_shares).items()}
 
 
-def final_line(experiment: Experiment, line: dict, server: dict, after: Mapping,
-               predicted_right: Callable) -> dict:
+def final_line(experiment: Experiment, line: dict, server: dict, after: Mapping) -> dict:
     """The last line of the log, with the accuracies of the models that clients use in the end.
 
-    AP-FL adds those of every kind of model;  predicted_right: run.predicted_right
+    AP-FL adds those of every kind of model.
     """
     sent, kinds = stage_traffic(experiment, server, after), final_models(experiment, server, after)
     entry = {**line, "download_mb": line["download_mb"] + sent}
@@ -386,11 +387,11 @@ def final_line(experiment: Experiment, line: dict, server: dict, after: Mapping,
     return entry | {f"global_{name}": line[name] for name in ("accuracy", "personal_accuracy")}
 
 
-def beta_curves(experiment: Experiment, server: dict, after: Mapping, betas: Sequence[float],
-                predicted_right: Callable) -> dict[tuple[str, str], list[float]]:
+def beta_curves(experiment: Experiment, server: dict, after: Mapping,
+                betas: Sequence[float]) -> dict[tuple[str, str], list[float]]:
     """(Whose, which) -> accuracy of interpolated models, beta by beta; see group_accuracies.
 
-    On BETA_TEST_IMAGES evenly spaced test images;  predicted_right: run.predicted_right
+    On BETA_TEST_IMAGES evenly spaced test images.
     """
     data, shares = experiment.data, experiment.test_shares
     rows = torch.linspace(0, len(data.y_test) - 1, min(BETA_TEST_IMAGES, len(data.y_test))).long()

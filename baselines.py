@@ -32,7 +32,7 @@ import copy
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -42,14 +42,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import ranks
 from data import (BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, LATENT, PROXIES, PROXY_BATCHES,
-                  RATE, ClientData, Dataset, batches, samples_per_epoch, torch_stream)
+                  RATE, ClientData, Dataset, batches, drawn, preparation, samples_per_epoch,
+                  torch_stream)
 from generator import (class_weights, initial_latent_generator, load_latent_generator,
                        sample_latents, train_latent_generator)
-from models import (State, all_finite, average, block_of, copy_state, extract, index_sets,
-                    interpolate, is_parameter, layerwise_average, learnt_part, load_network,
-                    num_bytes, per_architecture_average, predict, predict_logits, representation,
-                    shapes, with_exits)
+from models import (TEST_BATCH, State, all_finite, average, block_of, collect_statistics, copy_state,
+                    extract, index_sets, interpolate, is_parameter, layerwise_average, learnt_part,
+                    load_network, num_bytes, per_architecture_average, predict, predict_logits,
+                    representation, shapes, with_exits)
 
 FEDPROX_MU = 0.1  # mu; FedIN prints mu/2 = 0.05 for FedProx and for itself (Sec. 5.1)
 FEDPROX_MU_APFL = 0.01  # mu in AP-FL's setting, where the paper gives none
@@ -217,6 +219,33 @@ class Experiment(NamedTuple):
     def network(self, arch: str, weights: State) -> nn.Module:
         """A network of these weights for the data of the run, to predict with."""
         return load_network(arch, *self.shape, weights)
+
+
+def predicted_right(experiment: Experiment, in_use: Iterable[tuple[object, str, object, State]],
+                    ) -> dict[object, Tensor]:
+    """By client, which test images (N,) its model gets right.
+
+    in_use: client, architecture, key and weights of its model, one after the other, so that not all
+        need be in memory; equal keys are equal models, and each distinct one predicts once
+    """
+    images, prepare = experiment.data.x_train, preparation(experiment.statistics)
+    taking_part = torch.cat([experiment.clients[k].indices for k in experiment.available])
+    # Networks cut by width keep no statistics, so they get those of batches of all clients' images.
+    count = math.ceil(len(taking_part) / TEST_BATCH)
+    owner, mine, key_of = {}, {}, {}  # the distinct models are dealt out to the processes
+    for k, arch, key, weights in in_use:
+        key_of[k] = key
+        if key in owner:
+            continue
+        owner[key] = len(owner) % ranks.count()
+        if owner[key] == ranks.number():
+            model = experiment.network(arch, weights)
+            collect_statistics(model, (prepare(images[taking_part[batch::count]])
+                                       for batch in range(count)))
+            mine[key] = predict(model, experiment.data.x_test, prepare) == experiment.data.y_test
+    right = {key: ranks.done_by(rank, partial(mine.get, key), experiment.settings["device"])
+             for key, rank in owner.items()}
+    return {k: right[key] for k, key in key_of.items()}
 
 
 # ------------------------------------------------------------------------------------------- FedAvg
@@ -965,8 +994,9 @@ def fedgen_client_update(model: nn.Module, optimizer: Optimizer, received: Gener
         loss = F.cross_entropy(logits, y)
         objective = loss
         if generator is not None:
-            drawn = torch.randint(len(received.classes), (generated,), generator=rng)
-            random_y = received.classes[drawn.to(y.device)]
+            random_y = received.classes[drawn(
+                partial(torch.randint, len(received.classes)), (generated,), rng=rng,
+                device=y.device)]
             latents = sample_latents(generator, torch.cat([random_y, y]), rng)
             synthetic, like_y = model.classifier.fc(latents).split([generated, len(y)])
             matching = distillation_loss(logits, like_y.detach())

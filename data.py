@@ -91,6 +91,15 @@ def torch_stream(seed: int, purpose: int, round: int = 0, client: int = 0) -> to
     return torch.Generator().manual_seed(int(state[0]))
 
 
+def drawn(draw: Callable, *size: object, rng: torch.Generator, device: torch.device) -> Tensor:
+    """What draw (torch.randn, ...) makes of rng on the CPU, on a device.
+
+    To a GPU it goes from page-locked memory, so that it waits for nothing that the GPU has to do.
+    """
+    return draw(*size, generator=rng, pin_memory=device.type == "cuda").to(device,
+                                                                           non_blocking=True)
+
+
 # ------------------------------------------------------------------------------------------ loading
 
 def load(dataset: str, data_dir: str | Path = "data") -> Dataset:
@@ -420,9 +429,11 @@ def server_images(shared: Shared) -> dict[str, ClientData]:
 
 
 def on_device(value: object, device: str | torch.device) -> object:
-    """The same nest of lists and named tuples with its tensors on a device."""
+    """The same nest of dicts, lists and named tuples with its tensors on a device."""
     if isinstance(value, Tensor):
         return value.to(device)
+    if isinstance(value, dict):
+        return {key: on_device(item, device) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         items = [on_device(item, device) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -629,7 +640,7 @@ def augment(images: Tensor, mean: Tensor, deviation: Tensor, kind: Augmentation,
     batch, _, height, width = images.shape
 
     def draw(high: int) -> Tensor:
-        return torch.randint(high, (batch, 1), generator=rng).to(images.device)
+        return drawn(partial(torch.randint, high), (batch, 1), rng=rng, device=images.device)
 
     rows, columns = (torch.arange(n, device=images.device) for n in (height, width))
     source_rows = rows + (draw(2 * kind.padding + 1) if kind.padding else 0)
@@ -663,7 +674,7 @@ def batches(data: ClientData, batch_size: int, epochs: int,
     one value a channel, and at 32x32 the last stage of the ResNets is 1x1.
     """
     for _ in range(epochs):
-        order = torch.randperm(len(data.indices), generator=rng).to(data.indices.device)
+        order = drawn(torch.randperm, len(data.indices), rng=rng, device=data.indices.device)
         for chosen in data.indices[order].split(batch_size):
             if len(chosen) > 1:
                 yield data.prepare(data.images[chosen]), data.labels[chosen]

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+import ranks
 from data import first_line
 
 
@@ -34,7 +35,12 @@ class Progress(NamedTuple):
 # ------------------------------------------------------------------------------------ atomic writes
 
 def write_atomically(path: Path, write: Callable) -> None:
-    """Let write(file) fill a file that gets its name only once it is safely on the disk."""
+    """Let write(file) fill a file that gets its name only once it is safely on the disk.
+
+    As everywhere here, only the first of several processes does it; see ranks.
+    """
+    if not ranks.is_first():
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -86,6 +92,13 @@ def read_config(out: Path) -> dict:
     return settings
 
 
+def write_config(out: Path, settings: dict) -> None:
+    """Make the folder of a run, where there is none yet, with its settings."""
+    if ranks.is_first():
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", settings)
+
+
 def check_agreement(out: Path, settings: dict, typed: dict, may_change: Collection[str]) -> None:
     """Raise ValueError if what was typed differs from the settings of a run, and may not."""
     for name, value in typed.items():
@@ -132,6 +145,8 @@ def is_evaluated(t: int, settings: dict) -> bool:
 
 def append_metrics(path: Path, entry: dict) -> None:
     """Add a line to metrics.jsonl, on the disk when this returns."""
+    if not ranks.is_first():
+        return
     with open(path, "ab") as file:
         file.write((json.dumps(entry) + "\n").encode())
         file.flush()
@@ -140,6 +155,8 @@ def append_metrics(path: Path, entry: dict) -> None:
 
 def replace_last_line(path: Path, entry: dict) -> None:
     """Put another line in the place of the last one of metrics.jsonl, atomically."""
+    if not ranks.is_first():
+        return
     lines = [*path.read_bytes().splitlines()[:-1], json.dumps(entry).encode(), b""]
     write_atomically(path, lambda file: file.write(b"\n".join(lines)))
 

@@ -19,6 +19,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import first_line
+from data import drawn, first_line
 from models import drawing_from
 
 NOISE_DIM = 20  # d_z, the best of those in the paper's Fig. 5
@@ -126,16 +127,22 @@ def class_weights(counts: Tensor, *, of_all: bool = False) -> Tensor:
     return (counts / total.clamp(min=1)).float()
 
 
+def counting_rows(y: Tensor, weights: Tensor) -> list[Tensor]:
+    """By teacher, which of the samples of labels y count for it, alpha > 0; see classification_loss.
+    """
+    return [weight.nonzero().flatten() for weight in weights[:, y]]
+
+
 def classification_loss(x: Tensor, y: Tensor, teachers: Sequence[Callable[[Tensor], Tensor]],
-                        weights: Tensor) -> Tensor:
+                        weights: Tensor, rows_of: Sequence[Tensor] | None = None) -> Tensor:
     """L_cls, Eq. 6 and 7: sum over teachers of alpha_k^y times cross entropy, mean over samples.
 
     x, y: (N, C, H, W) samples and (N,) labels;  weights: (teachers, classes), alpha
-    A teacher sees only samples that count for it, alpha > 0, which changes no sum.
+    rows_of: the samples that each teacher sees; None: those that count for it, which changes no
+        sum.  (To find them, a GPU is waited for; who has the same labels again finds them once.)
     """
     total = x.new_zeros(())
-    for teacher, weight in zip(teachers, weights[:, y]):
-        rows = weight.nonzero().flatten()
+    for teacher, weight, rows in zip(teachers, weights[:, y], rows_of or counting_rows(y, weights)):
         if len(rows):
             losses = F.cross_entropy(teacher(x[rows]), y[rows], reduction="none")
             total = total + (weight[rows] * losses).sum()
@@ -162,8 +169,8 @@ def diversity_loss(x: Tensor, *, distance: str = "l2") -> Tensor:
 def train_generator(generator: SemanticGenerator, teachers: Sequence[nn.Module], weights: Tensor,
                     rng: torch.Generator, *, generator_steps: int, generator_batch: int,
                     balance: float = BALANCE, distance: str = DISTANCE,
-                    lr: float = GENERATOR_LR) -> Iterator[tuple[float, float]]:
-    """Train the generator without data (Eq. 9), in place; yields L_cls and L_diversity by step.
+                    lr: float = GENERATOR_LR) -> Iterator[Tensor]:
+    """Train the generator without data (Eq. 9), in place; yields (L_cls, L_diversity) by step.
 
     teachers: the clients' models (Eq. 6), or the global model alone; frozen, in evaluation mode
     weights: (teachers, classes), alpha; a class that has none is skipped, since nobody can judge it
@@ -178,20 +185,22 @@ def train_generator(generator: SemanticGenerator, teachers: Sequence[nn.Module],
     generator.train()
     optimizer = torch.optim.Adam(generator.parameters(), lr=lr, fused=True)
     slices = slice_sizes(generator_batch, len(seen))
+    labels = {size: seen.repeat_interleave(size) for size in slices}
+    rows_of = {size: counting_rows(y, weights) for size, y in labels.items()}
     for _ in range(generator_steps):
         optimizer.zero_grad()
         losses = torch.zeros(2, device=seen.device)
         for size in slices:
-            y = seen.repeat_interleave(size)
-            z = torch.randn(len(y), generator.noise_dim, generator=rng).to(y.device)
+            y = labels[size]
+            z = drawn(torch.randn, len(y), generator.noise_dim, rng=rng, device=y.device)
             x = generator(z, y)
-            l_cls = classification_loss(x, y, teachers, weights)
+            l_cls = classification_loss(x, y, teachers, weights, rows_of[size])
             l_diversity = diversity_loss(x.unflatten(0, (len(seen), size)), distance=distance)
             share = size / generator_batch
             (share * (balance * l_cls + (1 - balance) * l_diversity)).backward()  # Eq. 9
             losses += share * torch.stack([l_cls, l_diversity]).detach()
         optimizer.step()
-        yield tuple(losses.tolist())
+        yield losses
     generator.eval()
 
 
@@ -210,7 +219,7 @@ def sample(generator: SemanticGenerator, y: Tensor, rng: torch.Generator) -> Ten
     generator.eval()
     images = []
     for labels in y.split(SAMPLE_BATCH):
-        z = torch.randn(len(labels), generator.noise_dim, generator=rng).to(y.device)
+        z = drawn(torch.randn, len(labels), generator.noise_dim, rng=rng, device=y.device)
         images.append(generator(z, labels))
     return torch.cat(images)
 
@@ -463,7 +472,7 @@ def load_latent_generator(state: dict[str, Tensor]) -> LatentGenerator:
 @torch.no_grad()
 def sample_latents(generator: LatentGenerator, y: Tensor, rng: torch.Generator) -> Tensor:
     """Latents (N, width) of labels (N,), by the generator in the mode that it is in."""
-    return generator(torch.rand(len(y), generator.noise_dim, generator=rng).to(y.device), y)
+    return generator(drawn(torch.rand, len(y), generator.noise_dim, rng=rng, device=y.device), y)
 
 
 def latent_diversity_loss(z: Tensor, latents: Tensor) -> Tensor:
@@ -499,10 +508,11 @@ def train_latent_generator(generator: LatentGenerator, optimizer_state: dict | N
         group["lr"] = LATENT_LR * lr_factor
     generator.train()
     for _ in range(steps):
-        y = held[torch.randint(len(held), (batch,), generator=rng).to(held.device)]
-        z = torch.rand(batch, generator.noise_dim, generator=rng).to(held.device)
+        y = held[drawn(partial(torch.randint, len(held)), (batch,), rng=rng, device=held.device)]
+        z = drawn(torch.rand, batch, generator.noise_dim, rng=rng, device=held.device)
         latents = generator(z, y)
-        loss = (classification_loss(latents, y, heads, weights)
+        all_rows = [torch.arange(batch, device=y.device)] * len(heads)
+        loss = (classification_loss(latents, y, heads, weights, all_rows)
                 + diversity_weight * latent_diversity_loss(z, latents))
         optimizer.zero_grad()
         loss.backward()

@@ -17,7 +17,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
@@ -34,10 +34,10 @@ import files
 import generator
 import models
 import pictures
+import ranks
 from baselines import (NOT_SAID, By, Client, Experiment, Flag, Method, Result, Task, default_of,
                        typed_as)
 from files import Progress
-from models import State
 
 # --------------------------------------------------------------------- methods, settings and flags
 
@@ -201,7 +201,8 @@ def resolve(typed: dict) -> dict:
     settings["device"] = str(find_device(settings["device"]))
     if settings["workers"] is None:
         on_cpu = settings["device"] == "cpu"
-        settings["workers"] = min(num_cores(), num_participants(settings)) if on_cpu else 1
+        cores = ranks.share_of_cores(num_cores())
+        settings["workers"] = min(cores, num_participants(settings)) if on_cpu else 1
     return settings
 
 
@@ -284,29 +285,35 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
         method, dataset, seed = (typed.get(name, FLAGS[name].default)
                                  for name in ("method", "dataset", "seed"))
         out = f"runs/{method}-{Path(dataset).stem}-{seed}"
-    out, saved = Path(out), None
-    if resume:
-        settings = settings_to_resume(out, typed)
-        saved = files.load_checkpoint(out, settings["device"])
-    else:
-        files.check_free(out)
-        settings = resolve(typed)
-    settings["versions"] = files.versions()
+    out = Path(out)
+    settings = ranks.done_by(0, partial(settings_of_run, typed, out, resume))
+    device = settings["device"] = ranks.own_device(settings["device"])
     torch.set_num_threads(num_cores())  # of this thread; each worker sets its own
+    saved = ranks.done_by(0, partial(files.load_checkpoint, out, device), device)
     experiment = prepare_experiment(settings)
     progress = saved or first_progress(experiment)
     if progress.round < settings["rounds"]:
         progress = progress._replace(after={})  # of stages after a round that is not the last now
     if "semantics" in settings and "generator" not in progress.after:
-        semantics = baselines.filled(generator.load_semantics, settings)(experiment.data.classes)
-        experiment = experiment._replace(semantics=semantics.to(settings["device"]))
-    out.mkdir(parents=True, exist_ok=True)
-    files.write_json(out / "config.json", experiment.settings)
-    history = files.metrics_so_far(out, progress, settings)
+        load_semantics = baselines.filled(generator.load_semantics, settings)
+        semantics = ranks.done_by(0, partial(load_semantics, experiment.data.classes))
+        experiment = experiment._replace(semantics=semantics.to(device))
+    files.write_config(out, experiment.settings)
+    history = ranks.done_by(0, partial(files.metrics_so_far, out, progress, settings))
     describe(experiment, progress.server, out)
     if resume:
         print(f"going on after round {progress.round}\n", flush=True)
     return experiment, progress, history, out
+
+
+def settings_of_run(typed: dict, out: Path, resume: bool) -> dict:
+    """The settings of the run in a folder, or of a new one.  Raises ValueError if there are none."""
+    if resume:
+        settings = settings_to_resume(out, typed)
+    else:
+        files.check_free(out)
+        settings = resolve(typed)
+    return settings | {"versions": files.versions()}
 
 
 def prepare_experiment(settings: dict) -> Experiment:
@@ -315,7 +322,8 @@ def prepare_experiment(settings: dict) -> Experiment:
     Raises ValueError with one line that says what is wrong and what to do.
     """
     seed, num_clients, method = settings["seed"], settings["clients"], METHODS[settings["method"]]
-    loaded = data.load(settings["dataset"], settings.get("data_dir", "data"))
+    loaded = ranks.done_by(0, partial(data.load, settings["dataset"],
+                                      settings.get("data_dir", "data")))
     found = {"finetune_epochs": settings["local_epochs"], "classes_per_client": data.classes_each(
                  len(loaded.classes), settings["missing_classes"]),
              "beta": apfl.BETA_COLOUR if loaded.x_train.shape[1] == 3 else apfl.BETA_GRAY}
@@ -358,7 +366,8 @@ def describe(experiment: Experiment, server: dict, out: Path) -> None:
           f"{len(dataset.y_test):,} test images of {height}x{width}x{channels}, "
           f"{len(dataset.classes)} classes")
     print(f"{settings['rounds']} rounds with {len(draw_participants(experiment, 1))} of "
-          f"{settings['clients']} clients, {settings['workers']} workers on {settings['device']}")
+          f"{settings['clients']} clients, {settings['workers']} workers on {settings['device']}"
+          + (f" in each of {ranks.count()} processes" if ranks.count() > 1 else ""))
     print(textwrap.fill(", ".join(f"{name} {settings[name]}" for name in FLAGS if settings.get(name)
                                   is not None), 100, break_on_hyphens=False))
     print(pictures.partition_table(
@@ -416,7 +425,8 @@ def train_round(experiment: Experiment, t: int, server: dict,
     updates = {k: result.update for k, result in results.items()}
     server = method.server_update(server, updates)
     if method.distil is not None:
-        server = method.distil(server, updates, experiment.network, experiment.stream(t, 0))
+        server = ranks.done_by(0, partial(method.distil, server, updates, experiment.network,
+                                          experiment.stream(t, 0)), experiment.settings["device"])
         if not models.all_finite(server):
             raise FloatingPointError("the server's training: a weight is not finite any more")
     if method.initial_memory is not None:
@@ -439,17 +449,20 @@ def train_clients(experiment: Experiment, pool: ThreadPoolExecutor, update: Call
                   tasks: Sequence[Task], what: str = "") -> dict[int, Result]:
     """Run update, what a method does on a client, for each task, in parallel: client id -> result.
 
+    The tasks are dealt out to the processes of the run, and in each to its worker threads.
     what: the name of a progress bar, if there is to be one
     """
     # The largest first, so that no worker ends up alone with one.  (Local receives nothing.)
     cost = {task.client.id: len(task.client.indices) * models.num_bytes(task.received or task.kept)
             for task in tasks}
+    owner, ids = ranks.share_out(cost), [task.client.id for task in tasks]
     futures = {task.client.id: pool.submit(train_client, experiment, update, task)
-               for task in sorted(tasks, key=lambda task: cost[task.client.id], reverse=True)}
-    ids = [task.client.id for task in tasks]
+               for task in sorted(tasks, key=lambda task: cost[task.client.id], reverse=True)
+               if owner[task.client.id] == ranks.number()}
     try:
-        return {k: futures[k].result() for k in (
-            pictures.watch(ids, what, "client") if what and ids else ids)}
+        return {k: ranks.done_by(owner[k], lambda k=k: futures[k].result(),
+                                 experiment.settings["device"])
+                for k in (pictures.watch(ids, what, "client") if what and ids else ids)}
     except FloatingPointError as error:
         raise FloatingPointError(f"{what}, {error}" if what else str(error)) from error
 
@@ -489,34 +502,11 @@ def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
                                                                  memory.get(client.id)))
               for client in experiment.clients)
     if experiment.method.networks != "-widths":
-        return apfl.accuracies(experiment, predicted_right(experiment, in_use))
+        return apfl.accuracies(experiment, baselines.predicted_right(experiment, in_use))
     ((arch, whole),) = server["weights"].items()
-    right = predicted_right(experiment, chain(in_use, [("full", arch, arch, whole)]))
+    right = baselines.predicted_right(experiment, chain(in_use, [("full", arch, arch, whole)]))
     full = 100 * float(right.pop("full").double().mean())
     return apfl.accuracies(experiment, right) | {"full_accuracy": full}
-
-
-def predicted_right(experiment: Experiment, in_use: Iterable[tuple[object, str, object, State]],
-                    ) -> dict[object, torch.Tensor]:
-    """By client, which test images (N,) its model gets right.
-
-    in_use: client, architecture, key and weights of its model, one after the other, so that not all
-        need be in memory; equal keys are equal models, and each distinct one predicts once
-    """
-    images, prepare = experiment.data.x_train, data.preparation(experiment.statistics)
-    taking_part = torch.cat([experiment.clients[k].indices for k in experiment.available])
-    # Networks cut by width keep no statistics, so they get those of batches of all clients' images.
-    count = math.ceil(len(taking_part) / models.TEST_BATCH)
-    by_key, right = {}, {}
-    for k, arch, key, weights in in_use:
-        if key not in by_key:
-            model = experiment.network(arch, weights)
-            models.collect_statistics(model, (prepare(images[taking_part[batch::count]])
-                                              for batch in range(count)))
-            predicted = models.predict(model, experiment.data.x_test, prepare)
-            by_key[key] = predicted == experiment.data.y_test
-        right[k] = by_key[key]
-    return right
 
 
 # --------------------------------------------------------------------------------------------- main
@@ -524,6 +514,7 @@ def predicted_right(experiment: Experiment, in_use: Iterable[tuple[object, str, 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status (README, "When something goes wrong")."""
     try:
+        ranks.join()
         experiment, progress, history, out = set_up(argv)
     except (ValueError, OSError) as error:
         return complain(error, 2)
@@ -538,12 +529,14 @@ def main(argv: list[str] | None = None) -> int:
         return complain(f"{error}; mend that, then {go_on} (from the last checkpoint)", 2)
     except KeyboardInterrupt:
         return complain(f"stopped; {go_on}", 130)
+    ranks.leave()
     return 0
 
 
 def complain(error: object, status: int) -> int:
     """Print an error as one line on standard error; returns the exit status."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if ranks.is_speaker():
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return status
 
 
@@ -562,14 +555,15 @@ def train(experiment: Experiment, progress: Progress, history: list[dict], out: 
         pool.shutdown(wait=False, cancel_futures=True)
     totals = dict(progress.totals)
     if progress.after:
-        history[-1] = apfl.final_line(experiment, progress.line, progress.server, progress.after,
-                                      predicted_right)
+        history[-1] = apfl.final_line(experiment, progress.line, progress.server, progress.after)
         totals["download_mb"] += apfl.stage_traffic(experiment, progress.server, progress.after)
         files.replace_last_line(out / "metrics.jsonl", history[-1])
+    betas, curves = [step / 10 for step in range(11)], {}
     if "friends" in progress.after:
-        betas = [step / 10 for step in range(11)]
-        curves = apfl.beta_curves(experiment, progress.server, progress.after, betas,
-                                  predicted_right)
+        curves = apfl.beta_curves(experiment, progress.server, progress.after, betas)
+    if not ranks.is_first():
+        return
+    if curves:
         used = settings["beta"] if settings["beta_on"] == "client" else 1 - settings["beta"]
         pictures.draw_beta(out / "beta.png", betas, curves, used, title)
     result = files.summarise(history, totals | {"seconds": time.perf_counter() - started})
@@ -631,11 +625,14 @@ def train_stages(experiment: Experiment, progress: Progress, out: Path) -> Progr
     for name, stage in experiment.method.stages.items():
         is_new, start = name not in progress.after, time.perf_counter()
         if is_new:
-            after = progress.after | {name: stage(experiment, progress.server, progress.after)}
+            work = partial(stage, experiment, progress.server, progress.after)
+            if name == "generator":  # which all cores train already
+                work = partial(ranks.done_by, 0, work, experiment.settings["device"])
+            after = progress.after | {name: work()}
             seconds = {f"{name}_seconds": round(time.perf_counter() - start, 3)}
             progress = progress._replace(after=after, totals=progress.totals | seconds)
             files.save_checkpoint(out, progress)
-        if name == "generator" and (is_new or not (out / "samples.png").exists()):
+        if name == "generator" and ranks.is_first() and (is_new or not (out / "samples.png").exists()):
             taught = sum(one["class_counts"] for one in progress.server["teachers"].values()) > 0
             pictures.draw_samples(
                 out / "samples.png", apfl.sample_sheet(experiment, progress.after).cpu(),

@@ -398,8 +398,7 @@ def test_the_curve_over_beta_ends_at_the_friend_and_at_the_clients_own_model(pla
     experiment = run.prepare_experiment(config(plain_apfl))._replace(
         watch=lambda items, what, unit: items)
     saved = torch.load(plain_apfl / "checkpoint.pt", weights_only=True)
-    curves = apfl.beta_curves(experiment, saved["server"], saved["after"], [0.0, 0.1, 1.0],
-                              run.predicted_right)
+    curves = apfl.beta_curves(experiment, saved["server"], saved["after"], [0.0, 0.1, 1.0])
     last = lines(plain_apfl)[-1]
     for name in ("accuracy", "personal_accuracy"):
         ends = [last[f"{kind}_{name}"] for kind in ("friend", "personalised", "client")]
@@ -417,7 +416,7 @@ def test_the_stages_hand_their_settings_on(monkeypatch):
 
     def train_generator(net, teachers, weights, rng, **options):
         called.append((rng.initial_seed(), options))
-        yield 1.0, 2.0
+        yield torch.tensor([1.0, 2.0])
 
     def train(update, tasks, what):
         called.append(update.keywords)
@@ -457,7 +456,7 @@ def test_the_sheet_shows_samples_in_the_range_of_images(plain_apfl):
     assert np.abs(sheet.numpy() - np.floor(expected)).max() <= 1
 
 
-def test_the_curve_over_beta_uses_evenly_spaced_test_images(plain_apfl):
+def test_the_curve_over_beta_uses_evenly_spaced_test_images(plain_apfl, monkeypatch):
     experiment = run.prepare_experiment(config(plain_apfl))._replace(watch=lambda items, *_: items)
     saved, seen = torch.load(plain_apfl / "checkpoint.pt", weights_only=True), []
 
@@ -465,7 +464,8 @@ def test_the_curve_over_beta_uses_evenly_spaced_test_images(plain_apfl):
         seen.append(few)
         return {k: torch.ones(5, dtype=torch.bool) for k, *_ in in_use}
 
-    curves = apfl.beta_curves(experiment, saved["server"], saved["after"], [0.5], predicted_right)
+    monkeypatch.setattr(apfl, "predicted_right", predicted_right)
+    curves = apfl.beta_curves(experiment, saved["server"], saved["after"], [0.5])
     rows = [39 * n // 4 for n in range(5)]  # of 40 test images
     assert torch.equal(seen[0].data.y_test, experiment.data.y_test[rows])
     assert torch.equal(seen[0].data.x_test, experiment.data.x_test[rows])

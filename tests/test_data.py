@@ -122,6 +122,7 @@ def torch_rng(seed: int = 0) -> torch.Generator:
 CALLS = {
     "numpy_stream": lambda path: draw(data.numpy_stream(1, 2)),
     "torch_stream": lambda path: draw(data.torch_stream(1, 2)),
+    "drawn": lambda path: data.drawn(torch.randn, 2, rng=torch_rng(), device=torch.device("cpu")),
     "load": lambda path: data.load("fashionmnist", path),
     "read_digits": lambda path: data.read_digits(),
     "download": lambda path: data.download("fashionmnist", path),

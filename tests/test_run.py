@@ -433,7 +433,7 @@ def test_batches_for_static_statistics_mix_all_clients(monkeypatch):
                                      torch.device("cpu"))["resnet18-1/16"]
     collected = []
     monkeypatch.setattr(models, "predict", lambda model, *_: collected.append(model) or 0)
-    run.predicted_right(experiment, [(0, "resnet18-1/16", "key", weights)])
+    baselines.predicted_right(experiment, [(0, "resnet18-1/16", "key", weights)])
     whole = models.build("resnet18-1/16", 1, 10)
     whole.load_state_dict(weights)
     rows = torch.cat([client.indices for client in experiment.clients])
@@ -456,7 +456,7 @@ def test_dropout_clients_have_no_share_in_static_statistics(monkeypatch):
     seen = []
     monkeypatch.setattr(models, "collect_statistics", lambda model, batches: seen.extend(batches))
     weights = run.first_progress(experiment).server["weights"]["resnet18-1"]
-    run.predicted_right(experiment, [(0, "resnet18-1", "key", weights)])
+    baselines.predicted_right(experiment, [(0, "resnet18-1", "key", weights)])
     there = sum(len(client.indices) for client in experiment.clients[:3])
     assert experiment.dropouts == [3] and sum(map(len, seen)) == there
 
@@ -797,10 +797,10 @@ def test_every_default_of_a_row_is_a_value_that_can_be_typed():
 
 MODULES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
 BELOW = {  # module -> what it may import of the project: that which is below it
-    "data": set(), "models": set(), "generator": {"data", "models"},
-    "baselines": {"data", "generator", "models"}, "fedin": {"baselines", "data", "models"},
-    "apfl": {"baselines", "data", "generator", "models"}, "files": {"data"}, "pictures": set(),
-    "run": {"apfl", "baselines", "data", "fedin", "files", "generator", "models", "pictures"},
+    "data": set(), "models": set(), "generator": {"data", "models"}, "ranks": {"data"},
+    "baselines": {"data", "generator", "models", "ranks"}, "fedin": {"baselines", "data", "models"},
+    "apfl": {"baselines", "data", "generator", "models"}, "files": {"data", "ranks"}, "pictures": set(),
+    "run": {"apfl", "baselines", "data", "fedin", "files", "generator", "models", "pictures", "ranks"},
 }
 
 

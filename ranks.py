@@ -1,0 +1,122 @@
+"""The processes of a run, if there are several: `torchrun --nproc-per-node 4 run.py ...`.
+
+torchrun starts them, on one machine or on many, and each, a rank, runs the same script.  All ranks
+hold the same state and do the same with it, so they need to tell each other only what one of them
+has done for all: the work of a client, the predictions of a model, reading files.  The first rank
+alone prints and writes.  Without torchrun there is one rank, and everything here costs nothing.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Hashable, Mapping
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from data import on_device
+
+PATIENCE = timedelta(days=30)  # that a rank has with another one's work
+_store: dist.Store | None = None  # where the ranks met, which outlives each of them
+
+
+def count() -> int:
+    """How many ranks the run has."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def number() -> int:
+    """Which of them this one is."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this is the rank that prints and writes."""
+    return number() == 0
+
+
+def join() -> None:
+    """Meet the other ranks, if torchrun has started this process; all but the first fall silent.
+
+    On a machine with GPUs each rank has one of its own, by its number on that machine.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        return
+    global _store
+    _store, rank, world_size = next(dist.rendezvous("env://"))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size,
+                            timeout=PATIENCE)
+    signal.signal(signal.SIGTERM, lambda *_: raise_loss())  # which torchrun sends if one dies
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def leave() -> None:
+    """Part from the other ranks, when all are done."""
+    if count() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def raise_loss() -> NoReturn:
+    """What a rank does that finds another one gone."""
+    raise ConnectionError("another process of this run has ended")
+
+
+def is_speaker() -> bool:
+    """Whether this rank is to say why the run ends: the first one to ask, whichever that is."""
+    try:
+        return _store is None or _store.add("speaker", 1) == 1
+    except RuntimeError:  # the place where they met is gone too
+        return True
+
+
+def share_of_cores(cores: int) -> int:
+    """Of the cores of this machine, how many each of its ranks can have."""
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def own_device(device: str) -> str:
+    """A device as --device names it, for this rank: of GPUs its own."""
+    if count() > 1 and torch.device(device).type == "cuda":
+        return f"cuda:{torch.cuda.current_device()}"
+    return device
+
+
+def share_out(costs: Mapping[Hashable, float]) -> dict[Hashable, int]:
+    """Deal work out to the ranks: item -> rank, the costliest first, to who has the least to do."""
+    load, owner = [0.0] * count(), {}
+    for item in sorted(costs, key=costs.get, reverse=True):
+        owner[item] = load.index(min(load))
+        load[owner[item]] += costs[item]
+    return owner
+
+
+def done_by(rank: int, work: Callable[[], Any], device: str = "cpu") -> Any:
+    """What work() returns or raises on one rank, which alone calls it, on all of them.
+
+    device: where tensors in it are, on every rank
+    Every rank has to call this, in the same order.  Passed on are the errors that run.main expects.
+    Raises ConnectionError if another rank is no longer there.
+    """
+    if count() == 1:
+        return work()
+    outcome = [None]
+    if number() == rank:
+        try:
+            result = work()
+            outcome = [on_device(result, "cpu")]
+        except (ValueError, OSError, FloatingPointError) as error:
+            outcome = [error]
+    try:
+        dist.broadcast_object_list(outcome, src=rank, device=torch.device(device))
+    except RuntimeError:
+        raise_loss()
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return result if number() == rank else on_device(outcome[0], device)

@@ -1,0 +1,83 @@
+"""One process against two and three under torchrun, method by method (not collected by pytest).
+
+    python -m tests.ranks_alike [METHOD ...]     some minutes
+
+For each: metrics.jsonl has to be the same but for timings, on one, two and three processes; and a
+run on two, of which one is killed at a random moment, has to go on alike on one and on three.
+Prints a line for each, and exits with status 1 if any differs.
+"""
+
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SMALL = "--train-images 240 --clients 6 --rounds 3 --local-epochs 1 --workers 1".split()
+APFL = "--generator-steps 4 --generator-batch 2 --synthetic-per-class 6 --friend-epochs 1".split()
+FLAGS = {
+    **{method: ["--method", method, *SMALL] for method in
+       ("fedavg", "fedin", "scaffold", "moon", "heterofl", "fedgen", "feddf", "local")},
+    "apfl": ["--method", "apfl", "--missing-classes", "0.2", *SMALL, *APFL],
+    "async": ["--method", "apfl", "--aggregation", "async", *SMALL, *APFL],
+}
+TIMINGS = r'"seconds": [0-9.]+'
+
+
+def start(processes: int, out: Path, *flags: str) -> subprocess.Popen:
+    several = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    return subprocess.Popen([sys.executable, *(several if processes > 1 else []), "run.py", *flags,
+                             "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            text=True)
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, error = process.communicate()
+    if process.returncode != 0:
+        raise RuntimeError(f"status {process.returncode}: {error}")
+
+
+def metrics(out: Path) -> str:
+    return re.sub(TIMINGS, "", (out / "metrics.jsonl").read_text())
+
+
+def kill_one(process: subprocess.Popen, rng: random.Random) -> None:
+    """Kill one of the processes that torchrun has started."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    children = [int(line) for line in found.stdout.split()]
+    if children:
+        subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(rng.choice(children))])
+
+
+def check(name: str, folder: Path, rng: random.Random) -> bool:
+    began = time.perf_counter()
+    finish(start(1, folder / "1", *FLAGS[name]))
+    length = time.perf_counter() - began
+    alike = []
+    for processes in (2, 3):
+        finish(start(processes, folder / str(processes), *FLAGS[name]))
+        alike.append(metrics(folder / str(processes)) == metrics(folder / "1"))
+    for processes in (1, 3):
+        out = folder / f"killed-{processes}"
+        process = start(2, out, *FLAGS[name])
+        while not (out / "config.json").exists() and process.poll() is None:
+            time.sleep(0.1)
+        time.sleep(rng.uniform(0, length))
+        kill_one(process, rng)
+        _, error = process.communicate()
+        said = len(re.findall(r"^error: ", error, re.MULTILINE))
+        finish(start(processes, out, *FLAGS[name], "--resume"))
+        alike.append(metrics(out) == metrics(folder / "1") and said == (process.returncode != 0))
+    print(f"{name}: on 2 processes alike {alike[0]}, on 3 {alike[1]}; killed on 2, resumed on 1 "
+          f"{alike[2]}, on 3 {alike[3]}", flush=True)
+    return all(alike)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        outcomes = [check(method, Path(name) / method, random.Random(0))
+                    for method in sys.argv[1:] or FLAGS]
+    sys.exit(0 if all(outcomes) else 1)
