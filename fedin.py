@@ -251,7 +251,7 @@ def own_features(model: nn.Module, data: ClientData, count: int, stream: Stream,
     s_in = model.extractor(x)
     noisy_in = add_noise(s_in, noise, rng)
     s_out = model.intermediate(noisy_in if noise_on == "features" else s_in)
-    return noisy_in, add_noise(s_out, noise, rng)
+    return noisy_in.float(), add_noise(s_out, noise, rng).float()  # of bfloat16 with --amp
 
 
 def fedin_server_update(server: dict, updates: Mapping[int, Update], *,

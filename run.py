@@ -110,6 +110,8 @@ COMMON = [  # of every method, or of a kind of run; defaults of all may go by th
     Flag("workers", int, "clients trained at a time; on a CPU as many as it has cores, but no more "
          "than clients a round, on a GPU 1", MACHINE, None, low=1, high=1024, may_change=True),
     Flag("threads", int, "intra-op threads of each worker", MACHINE, 1, low=1, high=1024),
+    Flag("amp", bool, "clients train in bfloat16 where that serves; weights stay float32", MACHINE,
+         False),
     Flag("out", str, "folder of the run: runs/METHOD-DATASET-SEED", MACHINE, None, kept=False),
     Flag("resume", bool, "go on with the run in --out", MACHINE, False, kept=False),
     Flag("checkpoint_every", int, "rounds between checkpoints", MACHINE, 1, low=1),
@@ -251,7 +253,9 @@ def settings_to_resume(out: Path, typed: dict) -> dict:
 
     Raises ValueError if there is none, or if something typed differs from it and may not.
     """
-    settings = files.read_config(out)
+    # A switch that the version before did not have was off.
+    settings = {name: False for name, flag in FLAGS.items() if flag.kind is bool and flag.kept}
+    settings |= files.read_config(out)
     decisive = {"method", "model", "missing_classes"}  # of which other settings there are
     decisive |= {name for flag in FLAGS.values() for name in (*flag.when, *flag.unless)}
     if settings.get("missing_classes"):
@@ -308,11 +312,9 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
 
 def settings_of_run(typed: dict, out: Path, resume: bool) -> dict:
     """The settings of the run in a folder, or of a new one.  Raises ValueError if there are none."""
-    if resume:
-        settings = settings_to_resume(out, typed)
-    else:
+    if not resume:
         files.check_free(out)
-        settings = resolve(typed)
+    settings = settings_to_resume(out, typed) if resume else resolve(typed)
     return settings | {"versions": files.versions()}
 
 
@@ -482,7 +484,8 @@ def train_client(experiment: Experiment, update: Callable, task: Task) -> Result
     except IndexError:  # more clients of this architecture train at this moment than ever before
         model, optimizer = baselines.filled(models.scratch_network, settings)(
             client.arch, *experiment.shape, images.device)
-    result = update(model, optimizer, task.received, own, stream, *task.kept)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=settings["amp"]):
+        result = update(model, optimizer, task.received, own, stream, *task.kept)
     optimizer.zero_grad()  # frees the gradients while the network waits for its next client
     experiment.idle[client.arch].append((model, optimizer))
     if not (math.isfinite(result.loss) and models.all_finite((result.update, result.kept))):

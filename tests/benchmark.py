@@ -1,13 +1,16 @@
-"""How fast the code is, as ratios measured alternately in one run (not collected by pytest).
+"""How fast the code is (not collected by pytest).  Images are random: no time depends on them.
 
-    python -m tests.benchmark
+    python -m tests.benchmark [PART ...]     all parts take about an hour on two cores
 
-1. What starting costs beside `import torch`: CPU seconds and peak memory.
-2. FedAvg's client update against a bare PyTorch loop that does the same steps, images a second.
-3. What a round spends outside training and evaluation.
-4. Seconds of a round of every method, on colour images at the scale of the tables in RESULTS.md.
-5. A FedIN round with two workers against one.
-Images are random: no time depends on their content.
+starting   CPU seconds beside `import torch`, and peak memory
+update     a client update against a bare PyTorch loop of the same steps on torchvision's layers
+round      a round of both papers' workloads, divided into its parts; two workers against one
+ranks      two processes under torchrun against one
+clients    ten clients a round, of 10 to 60,000
+methods    a round of every method, at the scale of the tables in RESULTS.md
+
+Prints one table.  Where two things are compared, they are measured alternately, and the ratio is
+the median of those of the pairs; a ratio above 1 says that the first is faster or smaller.
 """
 
 import resource
@@ -23,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import baselines
 import data
@@ -30,10 +34,17 @@ import files
 import models
 import run
 
-REPEATS = 10
+REPEATS = 6
+MEMORY = "print(__import__('resource').getrusage(0).ru_maxrss // 1024)"  # in MiB, of the process
 
 
-def median_of_ratios(first, second, repeats: int = REPEATS) -> tuple[float, float, float]:
+def row(what: str, first: str, second: str = "", ratio: float | None = None) -> None:
+    """A line of the table."""
+    print(f"| {what} | {first} | {second} | {'' if ratio is None else f'{ratio:.2f}'} |", flush=True)
+
+
+def compare(first, second, repeats: int = REPEATS,
+            clock=time.perf_counter) -> tuple[float, float, float]:
     """Run both alternately, each in turn ahead: median times, median of time(second) / time(first).
     """
     first(), second()
@@ -41,42 +52,45 @@ def median_of_ratios(first, second, repeats: int = REPEATS) -> tuple[float, floa
     for repeat in range(repeats):
         pair = {}
         for function in (first, second) if repeat % 2 == 0 else (second, first):
-            start = time.perf_counter()
+            start = clock()
             function()
-            pair[function] = time.perf_counter() - start
+            pair[function] = clock() - start
         times.append((pair[first], pair[second]))
     a, b = zip(*times)
     return statistics.median(a), statistics.median(b), statistics.median(y / x for x, y in times)
 
 
-def cpu_seconds(*command: str) -> float:
-    """User and system time of a process, however it ends."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+# ----------------------------------------------------------------------------------------- starting
+
+def children_cpu() -> float:
+    """User and system time of the processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def execute(*command: str) -> str:
+    """The output of a Python command, however it ends."""
+    return subprocess.run([sys.executable, *command], text=True, capture_output=True).stdout
 
 
 def starting(folder: Path) -> None:
-    """Ratios to `import torch`, alternated, and the peak memory of a small run."""
-    torch_alone = ("-c", "import torch")
-    for what, command in (("import run", ("-c", "import run")), ("--help", ("run.py", "--help")),
-                          ("a flag that is not read", ("run.py", "--method", "local", "--mu", "1")),
-                          ("an unknown method", ("run.py", "--method", "fedsgd"))):
-        cpu_seconds(*torch_alone), cpu_seconds(*command)
-        pairs = [(cpu_seconds(*command), cpu_seconds(*torch_alone)) for _ in range(REPEATS)]
-        print(f"{what}: {statistics.median(a for a, _ in pairs):.2f} s, import torch "
-              f"{statistics.median(b for _, b in pairs):.2f} s, ratio "
-              f"{statistics.median(a / b for a, b in pairs):.2f} (CPU)")
-    program = ("import sys, resource; {}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss "
-               "// 1024)")
-    for what, body in (("import torch", "import torch"), ("import run", "import run"),
-                       ("fedavg, cnn, digits", "import run; run.main(['--method', 'fedavg', "
-                        f"'--model', 'cnn', '--out', {str(folder / 'run')!r}])")):
-        done = subprocess.run([sys.executable, "-c", program.format(body)], text=True,
-                              capture_output=True)
-        print(f"peak memory of {what}: {done.stdout.split()[-1]} MiB")
+    for what, command in (("`import run`", ("-c", "import run")), ("--help", ("run.py", "--help")),
+                          ("a flag that is not read", ("run.py", "--method", "local", "--mu", "1"))):
+        torch_alone, ours, ratio = compare(partial(execute, "-c", "import torch"),
+                                           partial(execute, *command), clock=children_cpu)
+        row(f"{what}, `import torch`: CPU s", f"{ours:.2f}", f"{torch_alone:.2f}", 1 / ratio)
+    save_images(folder / "15000.npz", 15_000)
+    for what, body in (("`import torch`", "import torch; "), ("`import run`", "import run; "),
+                       ("--method fedavg --model cnn, digits, ten rounds",
+                        f"import run; run.main('--method fedavg --model cnn --out {folder}/a'"
+                        ".split()); "),
+                       ("--method fedavg --model cnn, 15,000 colour images, two rounds",
+                        "import run; run.main('--method fedavg --setting apfl --local-epochs 1 "
+                        f"--rounds 2 --dataset {folder}/15000.npz --out {folder}/b'.split()); ")):
+        row(f"{what}: peak memory, MiB", execute("-c", body + MEMORY).split()[-1])
 
+
+# ------------------------------------------------------------------------------------ client updates
 
 def bare_loop(model, weights, images, labels, mean, deviation, batch_size, epochs, lr):
     """What one writes without a framework: the same batches, settings and optimiser."""
@@ -92,34 +106,51 @@ def bare_loop(model, weights, images, labels, mean, deviation, batch_size, epoch
             optimizer.step()
 
 
-def client_update_against_bare_loop(arch: str, batch_size: int, lr: float, count: int) -> None:
-    images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
-    labels = torch.randint(10, (count,))
-    mean, deviation = data.channel_statistics(images, torch.arange(count))
-    layout = torch.channels_last if arch == "cnn" else torch.contiguous_format
-    nets = [models.build(arch, 3, 10).to(memory_format=layout) for _ in range(2)]
-    weights = models.copy_state(nets[0])
-    own = data.ClientData(images, labels, torch.arange(count),
-                          partial(data.standardise, mean=mean, deviation=deviation))
-    optimizer = torch.optim.Adam(nets[0].parameters(), lr=lr, fused=True)
-    stream = partial(data.torch_stream, 0, round=1, client=0)
-    ours = partial(baselines.fedavg_client_update, nets[0], optimizer, weights, own, stream,
-                   local_epochs=2, batch_size=batch_size)
-    bare = partial(bare_loop, nets[1], weights, images, labels, mean, deviation, batch_size, 2, lr)
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        mine, theirs, ratio = median_of_ratios(lambda: pool.submit(ours).result(),
-                                               lambda: pool.submit(bare).result())
-    print(f"{arch}, batch {batch_size}: client update {2 * count / mine:.0f} images/s, bare loop "
-          f"{2 * count / theirs:.0f} images/s, ratio {ratio:.3f}")
+def plain(model: nn.Module) -> nn.Module:
+    """The network with torch's own convolutions, as torchvision has it."""
+    for layer in model.modules():
+        if isinstance(layer, models.Conv2d):
+            layer.__class__ = nn.Conv2d
+    return model
+
+
+def update(folder: Path) -> None:
+    for arch, batch_size, lr, count in (("cnn", 50, 2e-4, 500), ("resnet10", 16, 1e-3, 160),
+                                        ("resnet18", 16, 1e-3, 160), ("resnet26", 16, 1e-3, 160)):
+        images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+        labels = torch.randint(10, (count,))
+        mean, deviation = data.channel_statistics(images, torch.arange(count))
+        net, optimizer = models.scratch_network(arch, 3, 10, images.device, optimizer="adam", lr=lr)
+        layout = torch.channels_last if arch == "cnn" else torch.contiguous_format  # its best
+        bare_net = plain(models.build(arch, 3, 10)).to(memory_format=layout)
+        weights = models.copy_state(bare_net)
+        own = data.ClientData(images, labels, torch.arange(count),
+                              partial(data.standardise, mean=mean, deviation=deviation))
+        stream = partial(data.torch_stream, 0, round=1, client=0)
+        ours = partial(baselines.fedavg_client_update, net, optimizer, weights, own, stream,
+                       local_epochs=2, batch_size=batch_size)
+        bare = partial(bare_loop, bare_net, weights, images, labels, mean, deviation, batch_size, 2,
+                       lr)
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            mine, theirs, ratio = compare(lambda: pool.submit(ours).result(),
+                                          lambda: pool.submit(bare).result())
+        row(f"client update, {arch}, batch {batch_size}; bare loop: images/s",
+            f"{2 * count / mine:.0f}", f"{2 * count / theirs:.0f}", ratio)
+
+
+# -------------------------------------------------------------------------------------------- rounds
+
+def save_images(path: Path, images: int, tests: int = 10) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(path, x_train=rng.integers(256, size=(images, 32, 32, 3), dtype=np.uint8),
+             y_train=np.arange(images) % 10, y_test=np.arange(tests) % 10,
+             x_test=rng.integers(256, size=(tests, 32, 32, 3), dtype=np.uint8))
 
 
 def experiment_on(folder: Path, images: int, **typed) -> tuple[baselines.Experiment, dict]:
     """An experiment on random colour images, and the first state of its server."""
-    rng = np.random.default_rng(0)
     path = folder / f"{images}.npz"
-    np.savez(path, x_train=rng.integers(256, size=(images, 32, 32, 3), dtype=np.uint8),
-             y_train=np.arange(images) % 10, y_test=np.arange(10),
-             x_test=rng.integers(256, size=(10, 32, 32, 3), dtype=np.uint8))
+    save_images(path, images, tests=typed.pop("tests", 10))
     experiment = run.prepare_experiment(run.resolve(
         {"dataset": str(path), "setting": "fedin", "method": "fedin"} | typed))
     return experiment, run.first_progress(experiment).server
@@ -133,52 +164,87 @@ def with_workers(experiment: baselines.Experiment, workers: int,
     return experiment._replace(train=partial(run.train_clients, experiment, pool))
 
 
-def fedin_round_by_workers(folder: Path) -> None:
-    experiment, server = experiment_on(folder, 4500, partition="iid", clients=10, participation=1.0,
-                                       local_epochs=1)
+def parts_of_a_round(folder: Path, what: str, images: int, **typed) -> None:
+    experiment, server = experiment_on(folder, images, tests=2000, **typed)
+    spent = {}
+
+    def timed(part, function, *arguments, **options):
+        start = time.perf_counter()
+        value = function(*arguments, **options)
+        spent[part] = spent.get(part, 0) + time.perf_counter() - start
+        return value
+
+    experiment = with_workers(experiment, experiment.settings["workers"])
+    method = experiment.method
+    experiment = experiment._replace(
+        train=partial(timed, "training", experiment.train),
+        method=method._replace(download=partial(timed, "sending", method.download),
+                               server_update=partial(timed, "aggregation", method.server_update)))
+    memory = {}
+    for t in (1, 2, 3):
+        if t == 2:  # since features travel from then on
+            spent.clear()
+        server, memory, figures = run.train_round(experiment, t, server, memory)
+        timed("evaluation", run.evaluate, experiment, server, memory)
+        timed("checkpoint", files.save_checkpoint, folder,
+              files.Progress(t, server, memory, figures, {}, {}))
+    row(f"{what}: images/s in training", f"{2 * figures['samples'] / spent['training']:.0f}")
+    for part, seconds in spent.items():
+        row(f"{what}: {part}, s a round", f"{seconds / 2:.3f}")
+
+
+def rounds(folder: Path) -> None:
+    parts_of_a_round(folder, "AP-FL's clients: 10 of 10, CNN, 5,000 images, one epoch", 5000,
+                     method="apfl", setting="apfl", local_epochs=1)
+    parts_of_a_round(folder, "FedIN: 10 of 100, five ResNets, 10,000 images, one epoch", 10_000,
+                     local_epochs=1)
+    experiment, server = experiment_on(folder, 2000, partition="iid", clients=10,
+                                       participation=1.0, local_epochs=1)
     # One round before, so that features travel.
     server, _, _ = run.train_round(with_workers(experiment, 2), 1, server, {})
 
-    def rounds(workers, threads):
+    def one_round(workers, threads):
         return partial(run.train_round, with_workers(experiment, workers, threads), 2, server, {})
 
-    two = rounds(2, 1)
     for workers, threads in ((1, 1), (1, 2)):
-        mine, other, ratio = median_of_ratios(two, rounds(workers, threads), repeats=2)
-        print(f"FedIN round, 10 clients: 2 workers x 1 thread {mine:.1f} s, {workers} x {threads} "
-              f"{other:.1f} s, speed-up {ratio:.2f}")
+        mine, other, ratio = compare(one_round(2, 1), one_round(workers, threads), repeats=2)
+        row(f"FedIN, 2 workers x 1 thread; {workers} x {threads}: s a round", f"{mine:.1f}",
+            f"{other:.1f}", ratio)
 
 
-def share_outside_training(folder: Path) -> None:
-    experiment, server = experiment_on(folder, 5000, alpha=0.5, clients=20, participation=0.25,
-                                       local_epochs=2)
-    spent = []
+def process_counts(folder: Path) -> None:
+    save_images(folder / "ranks.npz", 4000, tests=500)
+    seconds = {}
+    for processes in (1, 2):
+        out = folder / str(processes)
+        several = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+        execute(*(several if processes > 1 else []), "run.py", "--setting", "fedin", "--dataset",
+                str(folder / "ranks.npz"), "--partition", "iid", "--clients", "10",
+                "--participation", "1", "--local-epochs", "1", "--rounds", "4", "--workers", "1",
+                "--out", str(out))
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        seconds[processes] = float(lines[-1].split('"seconds": ')[1].strip("}"))
+    row("FedIN, 10 clients, one worker each: 2 processes; 1: s a round", f"{seconds[2]:.1f}",
+        f"{seconds[1]:.1f}", seconds[1] / seconds[2])
 
-    def timed(function, *arguments):
+
+def client_counts(folder: Path) -> None:
+    """Ten clients of ten images a round, so that what grows with the clients shows."""
+    for clients in (10, 1000, 6000, 60_000):
+        path = folder / "clients.npz"
+        save_images(path, 10 * clients)
+        body = (f"import run; run.main('--method fedavg --model cnn --setting fedin --dataset {path}"
+                f" --clients {clients} --partition iid --participation {10 / clients} --rounds 6 "
+                f"--local-epochs 1 --eval-every 6 --out {folder}/{clients}'.split()); ")
         start = time.perf_counter()
-        value = function(*arguments)
-        spent.append(time.perf_counter() - start)
-        return value
-
-    method = experiment.method
-    experiment = experiment._replace(method=method._replace(
-        download=partial(timed, method.download),
-        server_update=partial(timed, method.server_update)))
-    experiment = with_workers(experiment, experiment.settings["workers"])
-    shares = []
-    for t in range(1, 6):
-        spent.clear()
-        start = time.perf_counter()
-        server, memory, figures = run.train_round(experiment, t, server, {})
-        timed(files.save_checkpoint, folder, files.Progress(t, server, memory, figures, {}, {}))
-        timed(files.append_metrics, folder / "metrics.jsonl", {"round": t, **figures})
+        memory = execute("-c", body + MEMORY).split()[-1]
         whole = time.perf_counter() - start
-        shares.append(sum(spent) / whole)
-    print(f"FedIN round, 5 of 20 clients, 5,000 images: {whole:.1f} s; sending, aggregation, log "
-          f"and checkpoint take {100 * statistics.median(shares[1:]):.1f} %")
+        line = (folder / str(clients) / "metrics.jsonl").read_text()
+        row(f"ten of {clients:,} clients, ten images each: s a round, s in all, MiB",
+            line.split('"seconds": ')[1].strip("}\n"), f"{whole:.1f}, {memory}")
 
 
-def seconds_a_round(folder: Path) -> None:
+def seconds_of_methods(folder: Path) -> None:
     """The second and third round of every method: 5 of 20 clients, 5,000 images, 2 epochs."""
     choices = {"resnets": ("local", "fedavg", "fedprox", "scaffold", "fednova", "moon",
                            "inclusivefl", "inco", "fedin"),
@@ -196,17 +262,16 @@ def seconds_a_round(folder: Path) -> None:
                 start = time.perf_counter()
                 server, memory, figures = run.train_round(experiment, t, server, memory)
                 seconds.append(time.perf_counter() - start)
-            print(f"{method} on {model}: {statistics.mean(seconds[1:]):.1f} s a round")
+            row(f"{method} on {model}: s a round", f"{statistics.mean(seconds[1:]):.1f}")
 
+
+PARTS = {"starting": starting, "update": update, "round": rounds, "ranks": process_counts,
+         "clients": client_counts, "methods": seconds_of_methods}
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {run.num_cores()} cores")
+    print(f"torch {torch.__version__}, {run.num_cores()} cores\n\n| what | first | second | ratio |"
+          "\n|---|---|---|---|")
     torch.set_num_threads(run.num_cores())
-    with tempfile.TemporaryDirectory() as name:
-        starting(Path(name))
-    client_update_against_bare_loop("cnn", 50, 2e-4, 1000)
-    client_update_against_bare_loop("resnet18", 16, 1e-3, 320)
-    with tempfile.TemporaryDirectory() as name:
-        share_outside_training(Path(name))
-        seconds_a_round(Path(name))
-        fedin_round_by_workers(Path(name))
+    for name in sys.argv[1:] or PARTS:
+        with tempfile.TemporaryDirectory() as folder:
+            PARTS[name](Path(folder))

@@ -829,6 +829,26 @@ def test_starting_loads_torch_and_no_other_heavy_package():
         name for name in loaded if name.startswith("_")}
 
 
+def test_bfloat16_is_of_the_training_alone(tmp_path):
+    flags = [*RESNET10, "--method", "fedin", "--rounds", "2", "--noise", "0.1"]
+    usual, rough = go(tmp_path / "a", *flags), go(tmp_path / "b", *flags, "--amp")
+    for one, other in zip(usual, rough):
+        assert one["loss"] != other["loss"] == pytest.approx(one["loss"], rel=0.1)
+        assert one["upload_mb"] == other["upload_mb"]  # float32, the features too
+    saved = torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)
+    kinds = {tensor.dtype for tensor in models.tensors_in(saved)}
+    assert kinds == {torch.float32, torch.int64}
+
+
+def test_a_switch_that_an_older_run_did_not_have_was_off(tmp_path):
+    flags = [*CNN, "--method", "fedavg", "--rounds", "1"]
+    go(tmp_path, *flags)
+    (tmp_path / "config.json").write_text(json.dumps(
+        {name: value for name, value in config(tmp_path).items() if name != "amp"}))
+    assert len(go(tmp_path, "--resume", "--rounds", "2")) == 2
+    assert config(tmp_path)["amp"] is False
+
+
 def test_models_can_be_copied_alone(tmp_path):
     shutil.copy(ROOT / "models.py", tmp_path)
     program = ("import sys, models, torch; x = torch.zeros(2, 3, 32, 32); "
