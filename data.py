@@ -283,17 +283,17 @@ def to_images(array: np.ndarray) -> Tensor:
 
     Resized by bilinear interpolation with antialiasing, as torchvision does it.
     """
-    chunks, size = [], [IMAGE_SIZE, IMAGE_SIZE]
+    channels, size = array.shape[3] if array.ndim == 4 else 1, [IMAGE_SIZE, IMAGE_SIZE]
+    images = torch.empty(len(array), channels, *size, dtype=torch.uint8)
     for start in range(0, len(array), 1000):  # floats take several times the memory
         chunk = array[start:start + 1000]
         chunk = np.rint(chunk * 255) if chunk.dtype.kind == "f" else chunk
-        images = torch.from_numpy(chunk.astype(np.uint8))
-        images = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
-        if list(images.shape[2:]) != size:
-            images = F.interpolate(images.float(), size, mode="bilinear", antialias=True)
-            images = images.round().to(torch.uint8)
-        chunks.append(images)
-    return torch.cat(chunks).contiguous()
+        part = torch.from_numpy(chunk.astype(np.uint8))
+        part = part.permute(0, 3, 1, 2) if part.ndim == 4 else part[:, None]
+        if list(part.shape[2:]) != size:
+            part = F.interpolate(part.float(), size, mode="bilinear", antialias=True).round()
+        images[start:start + 1000] = part
+    return images
 
 
 def first_line(error: BaseException) -> str:
@@ -593,7 +593,7 @@ def channel_statistics(images: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]
     threads shows in the last bit.  A channel that never varies gets the deviation 1.
     """
     histogram = torch.zeros(images.shape[1], 256, dtype=torch.int64)
-    for chosen in indices.split(10_000):  # a part at a time, to hold no second copy of the images
+    for chosen in indices.split(2000):  # a part at a time, to hold no second copy of the images
         for count, channel in zip(histogram, images[chosen].unbind(dim=1)):
             count += channel.flatten().bincount(minlength=256)
     share = histogram.double() / histogram.sum(dim=1, keepdim=True)

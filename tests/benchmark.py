@@ -79,7 +79,7 @@ def starting(folder: Path) -> None:
         torch_alone, ours, ratio = compare(partial(execute, "-c", "import torch"),
                                            partial(execute, *command), clock=children_cpu)
         row(f"{what}, `import torch`: CPU s", f"{ours:.2f}", f"{torch_alone:.2f}", 1 / ratio)
-    save_images(folder / "15000.npz", 15_000)
+    save_images(folder / "15000.npz", 15_000, tests=10_000)
     for what, body in (("`import torch`", "import torch; "), ("`import run`", "import run; "),
                        ("--method fedavg --model cnn, digits, ten rounds",
                         f"import run; run.main('--method fedavg --model cnn --out {folder}/a'"
@@ -115,7 +115,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def update(folder: Path) -> None:
-    for arch, batch_size, lr, count in (("cnn", 50, 2e-4, 500), ("resnet10", 16, 1e-3, 160),
+    for arch, batch_size, lr, count in (("cnn", 50, 2e-4, 1000), ("resnet10", 16, 1e-3, 160),
                                         ("resnet18", 16, 1e-3, 160), ("resnet26", 16, 1e-3, 160)):
         images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
         labels = torch.randint(10, (count,))
@@ -229,10 +229,10 @@ def process_counts(folder: Path) -> None:
 
 
 def client_counts(folder: Path) -> None:
-    """Ten clients of ten images a round, so that what grows with the clients shows."""
+    """Ten clients of two to ten images a round, so that what grows with the clients shows."""
     for clients in (10, 1000, 6000, 60_000):
-        path = folder / "clients.npz"
-        save_images(path, 10 * clients)
+        path, images = folder / "clients.npz", min(10 * clients, 120_000)
+        save_images(path, images)
         body = (f"import run; run.main('--method fedavg --model cnn --setting fedin --dataset {path}"
                 f" --clients {clients} --partition iid --participation {10 / clients} --rounds 6 "
                 f"--local-epochs 1 --eval-every 6 --out {folder}/{clients}'.split()); ")
@@ -240,7 +240,7 @@ def client_counts(folder: Path) -> None:
         memory = execute("-c", body + MEMORY).split()[-1]
         whole = time.perf_counter() - start
         line = (folder / str(clients) / "metrics.jsonl").read_text()
-        row(f"ten of {clients:,} clients, ten images each: s a round, s in all, MiB",
+        row(f"ten of {clients:,} clients, {images:,} images: s a round, s in all, MiB",
             line.split('"seconds": ')[1].strip("}\n"), f"{whole:.1f}, {memory}")
 
 
