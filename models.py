@@ -96,8 +96,9 @@ class Conv2d(nn.Conv2d):
     Weights, names and results are those of torch's convolution, but for rounding.
 
     The other taps have no gradient, ever.  trim() leaves them out of the parameter, so that
-    gradients, optimisers and proximal terms need not walk over them (more than half of ResNet18).
-    state_dict() has whole kernels all the same, those taps as they were loaded.
+    gradients, optimisers and proximal terms need not walk over them (more than half of ResNet18),
+    nor does weight decay shrink them.  state_dict() has whole kernels all the same, those taps as
+    they were loaded.
     """
 
     def __init__(self, width_in: int, width: int, size: int, stride: int = 1, padding: int = 0):

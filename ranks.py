@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from data import on_device
+from data import first_line, on_device
 
 PATIENCE = timedelta(days=30)  # that a rank has with another one's work
 _store: dist.Store | None = None  # where the ranks met, which outlives each of them
@@ -40,7 +40,9 @@ def is_first() -> bool:
 def join() -> None:
     """Meet the other ranks, if torchrun has started this process; all but the first fall silent.
 
-    On a machine with GPUs each rank has one of its own, by its number on that machine.
+    On a machine with GPUs each rank uses one, by its number on that machine.  What ranks tell each
+    other goes by gloo there too: it is on the CPU anyway, and NCCL would have the GPU of a rank
+    that waits for news stand still, though its other threads have clients to train.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return
@@ -48,28 +50,29 @@ def join() -> None:
     _store, rank, world_size = next(dist.rendezvous("env://"))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=_store, rank=rank, world_size=world_size,
+    dist.init_process_group("gloo", store=_store, rank=rank, world_size=world_size,
                             timeout=PATIENCE)
-    signal.signal(signal.SIGTERM, lambda *_: raise_loss())  # which torchrun sends if one dies
+    signal.signal(signal.SIGTERM, lambda *_: raise_loss("told to end"))  # if another one dies
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
 
 
 def leave() -> None:
     """Part from the other ranks, when all are done."""
+    done_by(0, lambda: None)
     if count() > 1:
-        dist.barrier()
         dist.destroy_process_group()
 
 
-def raise_loss() -> NoReturn:
-    """What a rank does that finds another one gone."""
-    raise ConnectionError("another process of this run has ended")
+def raise_loss(why: str) -> NoReturn:
+    """What a rank does that finds another one gone, or is told to go, as torchrun then does."""
+    raise ConnectionError(f"another process of this run has ended, or all were told to ({why})")
 
 
 def is_speaker() -> bool:
     """Whether this rank is to say why the run ends: the first one to ask, whichever that is."""
+    if count() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         return _store is None or _store.add("speaker", 1) == 1
     except RuntimeError:  # the place where they met is gone too
@@ -100,7 +103,7 @@ def share_out(costs: Mapping[Hashable, float]) -> dict[Hashable, int]:
 def done_by(rank: int, work: Callable[[], Any], device: str = "cpu") -> Any:
     """What work() returns or raises on one rank, which alone calls it, on all of them.
 
-    device: where tensors in it are, on every rank
+    device: where tensors in it are on this rank
     Every rank has to call this, in the same order.  Passed on are the errors that run.main expects.
     Raises ConnectionError if another rank is no longer there.
     """
@@ -114,9 +117,9 @@ def done_by(rank: int, work: Callable[[], Any], device: str = "cpu") -> Any:
         except (ValueError, OSError, FloatingPointError) as error:
             outcome = [error]
     try:
-        dist.broadcast_object_list(outcome, src=rank, device=torch.device(device))
-    except RuntimeError:
-        raise_loss()
+        dist.broadcast_object_list(outcome, src=rank)
+    except RuntimeError as error:
+        raise_loss(first_line(error))
     if isinstance(outcome[0], Exception):
         raise outcome[0]
     return result if number() == rank else on_device(outcome[0], device)

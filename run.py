@@ -65,12 +65,10 @@ COMMON = [  # of every method, or of a kind of run; defaults of all may go by th
          FEDERATION, by_setting(0.5, 0.1, 1.0), above=0, high=1, unless=ASYNC),
     Flag("rounds", int, "rounds (AP-FL: not stated); may grow on --resume", FEDERATION,
          by_setting(10, 500, 50), low=1, may_change=True),
-    Flag("local_epochs", int, "epochs of a client in a round", FEDERATION, by_setting(2, 5, 20),
-         low=1),
+    Flag("local_epochs", int, "of a client, a round", FEDERATION, by_setting(2, 5, 20), low=1),
     Flag("batch_size", int, "training images a step", FEDERATION, by_setting(16, 16, 50), low=2),
     Flag("lr", float, "learning rate, constant", FEDERATION, by_setting(1e-3, 1e-3, 2e-4), above=0),
-    Flag("optimizer", str, "new for every client update", FEDERATION, "adam",
-         choices=("adam", "sgd")),
+    Flag("optimizer", str, "new for each update", FEDERATION, "adam", choices=("adam", "sgd")),
     Flag("momentum", float, "of sgd", FEDERATION, 0.0, low=0, high=0.999, when=SGD,
          unless={"method": ["scaffold"]}),
     Flag("weight_decay", float, "of sgd", FEDERATION, 0.0, low=0, when=SGD),
@@ -89,8 +87,7 @@ COMMON = [  # of every method, or of a kind of run; defaults of all may go by th
          apfl.SPEED_SPREAD, low=1, when=ASYNC),
     Flag("eval_every", int, "rounds between evaluations; the last one always has one", FEDERATION,
          by_setting(1, 5, 1), low=1),
-    Flag("train_images", int, "a class-balanced subset of the training images instead of all", DATA,
-         None, low=1),
+    Flag("train_images", int, "class-balanced, of all there are", DATA, None, low=1),
     Flag("partition", str, "how the training images are split among the clients; dirichlet gives "
          "each at least ten", DATA, "dirichlet", choices=("iid", "dirichlet", "pathological")),
     Flag("alpha", float, "of --partition dirichlet, smaller is more skewed (AP-FL: 0.01 to 0.1)",
@@ -110,8 +107,7 @@ COMMON = [  # of every method, or of a kind of run; defaults of all may go by th
     Flag("workers", int, "clients trained at a time; on a CPU as many as it has cores, but no more "
          "than clients a round, on a GPU 1", MACHINE, None, low=1, high=1024, may_change=True),
     Flag("threads", int, "intra-op threads of each worker", MACHINE, 1, low=1, high=1024),
-    Flag("amp", bool, "clients train in bfloat16 where that serves; weights stay float32", MACHINE,
-         False),
+    Flag("amp", bool, "clients train in bfloat16; weights stay float32", MACHINE, False),
     Flag("out", str, "folder of the run: runs/METHOD-DATASET-SEED", MACHINE, None, kept=False),
     Flag("resume", bool, "go on with the run in --out", MACHINE, False, kept=False),
     Flag("checkpoint_every", int, "rounds between checkpoints", MACHINE, 1, low=1),
@@ -202,9 +198,8 @@ def resolve(typed: dict) -> dict:
     check_combination(settings)
     settings["device"] = str(find_device(settings["device"]))
     if settings["workers"] is None:
-        on_cpu = settings["device"] == "cpu"
-        cores = ranks.share_of_cores(num_cores())
-        settings["workers"] = min(cores, num_participants(settings)) if on_cpu else 1
+        cores = ranks.share_of_cores(num_cores()) if settings["device"] == "cpu" else 1
+        settings["workers"] = min(cores, num_participants(settings))
     return settings
 
 
@@ -292,7 +287,7 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
     out = Path(out)
     settings = ranks.done_by(0, partial(settings_of_run, typed, out, resume))
     device = settings["device"] = ranks.own_device(settings["device"])
-    torch.set_num_threads(num_cores())  # of this thread; each worker sets its own
+    torch.set_num_threads(num_cores())  # of this thread, on any number of ranks, for equal bits
     saved = ranks.done_by(0, partial(files.load_checkpoint, out, device), device)
     experiment = prepare_experiment(settings)
     progress = saved or first_progress(experiment)
@@ -324,16 +319,8 @@ def prepare_experiment(settings: dict) -> Experiment:
     Raises ValueError with one line that says what is wrong and what to do.
     """
     seed, num_clients, method = settings["seed"], settings["clients"], METHODS[settings["method"]]
-    loaded = ranks.done_by(0, partial(data.load, settings["dataset"],
-                                      settings.get("data_dir", "data")))
-    found = {"finetune_epochs": settings["local_epochs"], "classes_per_client": data.classes_each(
-                 len(loaded.classes), settings["missing_classes"]),
-             "beta": apfl.BETA_COLOUR if loaded.x_train.shape[1] == 3 else apfl.BETA_GRAY}
-    settings = settings | {name: value for name, value in found.items()
-                           if settings.get(name, value) is None}
-    proxy = settings.get("proxy") if settings.get("distillation_steps") else None
-    share_out = baselines.filled(data.share_out, settings | {"proxy": proxy})
-    shared = data.on_device(share_out(loaded, num_clients, seed), settings["device"])
+    found, shared = ranks.done_by(0, partial(shared_data, settings), settings["device"])
+    settings, shared = settings | found, data.on_device(shared, settings["device"])
     archs = method.architectures(models.MODELS[settings["model"]])
     clients = [Client(k, part, models.architecture_of(k, num_clients, archs))
                for k, part in enumerate(shared.parts)]
@@ -345,6 +332,18 @@ def prepare_experiment(settings: dict) -> Experiment:
         shared.data, clients, dropouts=shared.dropouts, seen=shared.seen, unseen=shared.unseen,
         test_shares=shared.test_shares, statistics=shared.statistics, speeds=speeds.tolist(),
         idle={arch: [] for arch in archs})
+
+
+def shared_data(settings: dict) -> tuple[dict, data.Shared]:
+    """Settings that depend on others or the data, if not typed, and the data, shared out."""
+    loaded = data.load(settings["dataset"], settings.get("data_dir", "data"))
+    found = {"finetune_epochs": settings["local_epochs"], "classes_per_client": data.classes_each(
+                 len(loaded.classes), settings["missing_classes"]),
+             "beta": apfl.BETA_COLOUR if loaded.x_train.shape[1] == 3 else apfl.BETA_GRAY}
+    found = {name: value for name, value in found.items() if settings.get(name, value) is None}
+    proxy = settings.get("proxy") if settings.get("distillation_steps") else None
+    share_out = baselines.filled(data.share_out, settings | found | {"proxy": proxy})
+    return found, share_out(loaded, settings["clients"], settings["seed"])
 
 
 def first_progress(experiment: Experiment) -> Progress:
@@ -484,7 +483,8 @@ def train_client(experiment: Experiment, update: Callable, task: Task) -> Result
     except IndexError:  # more clients of this architecture train at this moment than ever before
         model, optimizer = baselines.filled(models.scratch_network, settings)(
             client.arch, *experiment.shape, images.device)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=settings["amp"]):
+    # Without its cache, which would keep the weights of the first step for all others.
+    with torch.autocast(images.device.type, torch.bfloat16, settings["amp"], cache_enabled=False):
         result = update(model, optimizer, task.received, own, stream, *task.kept)
     optimizer.zero_grad()  # frees the gradients while the network waits for its next client
     experiment.idle[client.arch].append((model, optimizer))
@@ -526,13 +526,13 @@ def main(argv: list[str] | None = None) -> int:
     go_on = f"go on with: python run.py --resume --out {out}"
     try:
         train(experiment, progress, history, out)
+        ranks.leave()
     except FloatingPointError as error:
         return complain(f"{error}; {out} keeps its last checkpoint", 1)
     except OSError as error:
         return complain(f"{error}; mend that, then {go_on} (from the last checkpoint)", 2)
     except KeyboardInterrupt:
         return complain(f"stopped; {go_on}", 130)
-    ranks.leave()
     return 0
 
 
@@ -614,7 +614,7 @@ def train_rounds(experiment: Experiment, progress: Progress, history: list[dict]
                 left = (time.perf_counter() - round_start) * (settings["rounds"] - t)
                 bar.write(f"round {t} took {seconds:.1f} s; at this pace the others take "
                           f"{bar.format_interval(left)}", file=sys.stdout)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ConnectionError):
         if progress.round > saved:
             files.save_checkpoint(out, progress)
         raise

@@ -7,10 +7,10 @@ update     a client update against a bare PyTorch loop of the same steps on torc
 round      a round of both papers' workloads, divided into its parts; two workers against one
 ranks      two processes under torchrun against one
 clients    ten clients a round, of 10 to 60,000
-methods    a round of every method, at the scale of the tables in RESULTS.md
+methods    a round of every method in RESULTS.md's table of baselines, at its scale
 
 Prints one table.  Where two things are compared, they are measured alternately, and the ratio is
-the median of those of the pairs; a ratio above 1 says that the first is faster or smaller.
+the median of those of the pairs (ranks: one run each); above 1 the first is faster or smaller.
 """
 
 import resource
@@ -180,15 +180,17 @@ def parts_of_a_round(folder: Path, what: str, images: int, **typed) -> None:
         train=partial(timed, "training", experiment.train),
         method=method._replace(download=partial(timed, "sending", method.download),
                                server_update=partial(timed, "aggregation", method.server_update)))
-    memory = {}
+    memory, samples = {}, 0
     for t in (1, 2, 3):
         if t == 2:  # since features travel from then on
             spent.clear()
+            samples = 0
         server, memory, figures = run.train_round(experiment, t, server, memory)
+        samples += figures["samples"]
         timed("evaluation", run.evaluate, experiment, server, memory)
         timed("checkpoint", files.save_checkpoint, folder,
               files.Progress(t, server, memory, figures, {}, {}))
-    row(f"{what}: images/s in training", f"{2 * figures['samples'] / spent['training']:.0f}")
+    row(f"{what}: images/s in training", f"{samples / spent['training']:.0f}")
     for part, seconds in spent.items():
         row(f"{what}: {part}, s a round", f"{seconds / 2:.3f}")
 

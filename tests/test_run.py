@@ -1,6 +1,7 @@
 """The command line from outside: what a run writes, repeats and refuses; methods; the layout."""
 
 import ast
+import inspect
 import io
 import json
 import math
@@ -428,11 +429,11 @@ def test_batches_for_static_statistics_mix_all_clients(monkeypatch):
     experiment = run.prepare_experiment(settings)
     for client in experiment.clients:  # so that clients differ by more than their images do
         experiment.data.x_train[client.indices] //= 1 + 2 * client.id
-    monkeypatch.setattr(models, "TEST_BATCH", 60)  # in order, a batch would be of one client
+    monkeypatch.setattr(baselines, "TEST_BATCH", 60)  # in order, a batch would be of one client
     weights = models.initial_weights(["resnet18-1/16"], 1, 10, torch.Generator(),
                                      torch.device("cpu"))["resnet18-1/16"]
     collected = []
-    monkeypatch.setattr(models, "predict", lambda model, *_: collected.append(model) or 0)
+    monkeypatch.setattr(baselines, "predict", lambda model, *_: collected.append(model) or 0)
     baselines.predicted_right(experiment, [(0, "resnet18-1/16", "key", weights)])
     whole = models.build("resnet18-1/16", 1, 10)
     whole.load_state_dict(weights)
@@ -454,7 +455,8 @@ def test_dropout_clients_have_no_share_in_static_statistics(monkeypatch):
     experiment = run.prepare_experiment(run.resolve(
         {"method": "heterofl", "train_images": 100, "clients": 4, "missing_classes": 0.2}))
     seen = []
-    monkeypatch.setattr(models, "collect_statistics", lambda model, batches: seen.extend(batches))
+    monkeypatch.setattr(
+        baselines, "collect_statistics", lambda model, batches: seen.extend(batches))
     weights = run.first_progress(experiment).server["weights"]["resnet18-1"]
     baselines.predicted_right(experiment, [(0, "resnet18-1", "key", weights)])
     there = sum(len(client.indices) for client in experiment.clients[:3])
@@ -830,14 +832,17 @@ def test_starting_loads_torch_and_no_other_heavy_package():
 
 
 def test_bfloat16_is_of_the_training_alone(tmp_path):
-    flags = [*RESNET10, "--method", "fedin", "--rounds", "2", "--noise", "0.1"]
-    usual, rough = go(tmp_path / "a", *flags), go(tmp_path / "b", *flags, "--amp")
-    for one, other in zip(usual, rough):
-        assert one["loss"] != other["loss"] == pytest.approx(one["loss"], rel=0.1)
-        assert one["upload_mb"] == other["upload_mb"]  # float32, the features too
-    saved = torch.load(tmp_path / "b" / "checkpoint.pt", weights_only=True)
-    kinds = {tensor.dtype for tensor in models.tensors_in(saved)}
-    assert kinds == {torch.float32, torch.int64}
+    features = [*RESNET10, "--method", "fedin", "--rounds", "2", "--noise", "0.1"]
+    many_steps = [*CNN, "--method", "fedavg", "--rounds", "2", "--local-epochs", "6"]
+    for name, flags in (("features", features), ("many_steps", many_steps)):
+        usual = go(tmp_path / name, *flags)
+        rough = go(tmp_path / f"{name}-amp", *flags, "--amp")
+        for one, other in zip(usual, rough):
+            assert one["loss"] != other["loss"] == pytest.approx(one["loss"], rel=0.1)
+            assert one["upload_mb"] == other["upload_mb"]  # float32, the features too
+        saved = torch.load(tmp_path / f"{name}-amp" / "checkpoint.pt", weights_only=True)
+        kinds = {tensor.dtype for tensor in models.tensors_in(saved)}
+        assert kinds <= {torch.float32, torch.int64}
 
 
 def test_a_switch_that_an_older_run_did_not_have_was_off(tmp_path):
@@ -873,11 +878,23 @@ def test_every_function_is_short_and_has_a_docstring():
 
 def test_the_documents_name_only_flags_that_exist():
     known = {baselines.typed_as(name) for name in run.FLAGS} | {"--help", "--methods"}
-    added = {"--server-lr"}  # by the example of a new method
+    added = {"--server-lr",  # by the example of a new method
+             "--nproc-per-node", "--nnodes"}  # of torchrun
     for name in ("README.md", "PAPERS.md", "RESULTS.md"):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / name).read_text()))
         assert named - known <= added, name
         assert len(named) > 5
+
+
+def test_what_the_readme_calls_alone_uses_nothing_of_the_project():
+    text = (ROOT / "README.md").read_text().split("uses. `project_gradient`")[1].split("use nothing")[0]
+    named = {"project_gradient", *re.findall(r"`(?:\w+\.)?(\w+)`", text)} - {"held"}
+    assert len(named) == 9
+    for name in named:
+        (function,) = {getattr(module, name) for module in (fedin, baselines, models, generator)
+                       if hasattr(module, name)}
+        used = inspect.getclosurevars(function).globals.keys()
+        assert used <= {"torch", "F"} | ({"grid"} if name == "average" else set()), name  # held's
 
 
 def test_the_readmes_method_is_a_method_by_one_change_of_one_module(tmp_path):
