@@ -580,8 +580,8 @@ def interpolate(start: State, end: State, weight: float) -> State:
 def release_freed_memory() -> None:
     """Have the C library give back to the system what has been freed.
 
-    Weights that clients keep lie among those that a round frees: with SCAFFOLD's variates of 65
-    clients and the five ResNets 2.4 of 8.5 GB were of no use.
+    What is kept lies among what was freed: with SCAFFOLD's variates of 65 clients and the five
+    ResNets 2.4 of 8.5 GB were of no use.
     """
     try:
         ctypes.CDLL(None).malloc_trim(0)

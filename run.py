@@ -299,6 +299,7 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
         experiment = experiment._replace(semantics=semantics.to(device))
     files.write_config(out, experiment.settings)
     history = ranks.done_by(0, partial(files.metrics_so_far, out, progress, settings))
+    models.release_freed_memory()
     describe(experiment, progress.server, out)
     if resume:
         print(f"going on after round {progress.round}\n", flush=True)
@@ -593,6 +594,7 @@ def train_rounds(experiment: Experiment, progress: Progress, history: list[dict]
             except FloatingPointError as error:
                 raise FloatingPointError(f"round {t}, {error}") from error
             seconds = time.perf_counter() - round_start
+            models.release_freed_memory()
             totals = {name: value + figures.get(name, 0) for name, value in totals.items()}
             totals["training_seconds"] += seconds
             line = progress.line
@@ -607,8 +609,6 @@ def train_rounds(experiment: Experiment, progress: Progress, history: list[dict]
             if t % settings["checkpoint_every"] == 0 or t == settings["rounds"]:
                 files.save_checkpoint(out, progress)
                 saved = t
-            if memory:
-                models.release_freed_memory()
             bar.update()
             if t == start + 1 < settings["rounds"]:
                 left = (time.perf_counter() - round_start) * (settings["rounds"] - t)
