@@ -9,6 +9,7 @@ alone prints and writes.  Without torchrun there is one rank, and everything her
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Hashable, Mapping
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from data import first_line, on_device
 
 PATIENCE = timedelta(days=30)  # that a rank has with another one's work
+GRACE = 5  # seconds that it has to end in an orderly way; torchrun gives it 30
 _store: dist.Store | None = None  # where the ranks met, which outlives each of them
 
 
@@ -52,7 +54,7 @@ def join() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group("gloo", store=_store, rank=rank, world_size=world_size,
                             timeout=PATIENCE)
-    signal.signal(signal.SIGTERM, lambda *_: raise_loss("told to end"))  # if another one dies
+    signal.signal(signal.SIGTERM, end)  # which torchrun sends if another one dies
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -69,10 +71,25 @@ def raise_loss(why: str) -> NoReturn:
     raise ConnectionError(f"another process of this run has ended, or all were told to ({why})")
 
 
+def end(*_: object) -> NoReturn:
+    """End in an orderly way; and at all events within GRACE, if what waits cannot be woken."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    last_resort = threading.Timer(GRACE, end_at_once)
+    last_resort.daemon = True
+    last_resort.start()
+    raise_loss("told to end")
+
+
+def end_at_once() -> NoReturn:
+    """End this process, and say so in one line if nobody else does."""
+    if is_speaker():
+        print("error: another process of this run has ended, or all were told to; go on with "
+              "--resume", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
 def is_speaker() -> bool:
     """Whether this rank is to say why the run ends: the first one to ask, whichever that is."""
-    if count() > 1:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         return _store is None or _store.add("speaker", 1) == 1
     except RuntimeError:  # the place where they met is gone too
@@ -114,6 +131,8 @@ def done_by(rank: int, work: Callable[[], Any], device: str = "cpu") -> Any:
         try:
             result = work()
             outcome = [on_device(result, "cpu")]
+        except ConnectionError:  # told to end while it waited for the work: nobody is there to tell
+            raise
         except (ValueError, OSError, FloatingPointError) as error:
             outcome = [error]
     try:

@@ -80,7 +80,8 @@ def check(name: str, folder: Path, rng: random.Random) -> bool:
         finish(start(processes, out, "--resume"))
         alike.append(process.returncode != 0 and said == 1
                      and metrics(out) == metrics(folder / "1"))
-        print(f"{name}: one of two killed after {done} lines", flush=True)
+        print(f"{name}: one of two killed after {done} lines" + ("" if alike[-1] else (
+            f"; status {process.returncode}: {error}")), flush=True)
     print(f"{name}: on 2 processes alike {alike[0]}, on 3 {alike[1]}; killed on 2, resumed on 1 "
           f"{alike[2]}, on 3 {alike[3]}", flush=True)
     return all(alike)
