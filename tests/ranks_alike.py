@@ -71,7 +71,7 @@ def check(name: str, folder: Path, rng: random.Random) -> bool:
         out = folder / f"killed-{processes}"
         process = start(2, out, *FLAGS[name])
         wait_for(out / "config.json", process)
-        time.sleep(rng.uniform(0, 0.6 * length))
+        time.sleep(rng.uniform(0.2, 0.7) * length)
         kill_one(process, rng)
         _, error = process.communicate()
         said = len(re.findall(r"^error: ", error, re.MULTILINE))
