@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Hashable, Mapping
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -55,6 +56,11 @@ def join() -> None:
     dist.init_process_group("gloo", store=_store, rank=rank, world_size=world_size,
                             timeout=PATIENCE)
     signal.signal(signal.SIGTERM, end)  # which torchrun sends if another one dies
+    # That runs once the main thread is back from what it waits for, which it may never be.
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell)
+    threading.Thread(target=end_at_last, args=(told,), daemon=True).start()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -72,16 +78,19 @@ def raise_loss(why: str) -> NoReturn:
 
 
 def end(*_: object) -> NoReturn:
-    """End in an orderly way; and at all events within GRACE, if what waits cannot be woken."""
+    """End in an orderly way, when told to by SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    last_resort = threading.Timer(GRACE, end_at_once)
-    last_resort.daemon = True
-    last_resort.start()
     raise_loss("told to end")
 
 
-def end_at_once() -> NoReturn:
-    """End this process, and say so in one line if nobody else does."""
+def end_at_last(told: int) -> None:
+    """End this process some time after SIGTERM, and say so in one line if nobody else has.
+
+    told: a file that gets the numbers of signals as they come
+    """
+    while signal.SIGTERM not in os.read(told, 100):
+        pass
+    time.sleep(GRACE)
     if is_speaker():
         print("error: another process of this run has ended, or all were told to; go on with "
               "--resume", file=sys.stderr, flush=True)
