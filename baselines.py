@@ -48,8 +48,8 @@ from data import (BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, LATENT, PROXIES, 
                   torch_stream)
 from generator import (class_weights, initial_latent_generator, load_latent_generator,
                        sample_latents, train_latent_generator)
-from models import (TEST_BATCH, State, all_finite, average, block_of, collect_statistics, copy_state,
-                    extract, index_sets, interpolate, is_parameter, layerwise_average, learnt_part,
+from models import (TEST_BATCH, State, all_finite, average, block_of, collect_statistics,
+                    copy_state, extract, index_sets, interpolate, is_parameter, layerwise_average, learnt_part,
                     load_network, num_bytes, per_architecture_average, predict, predict_logits,
                     representation, shapes, with_exits)
 
@@ -994,9 +994,8 @@ def fedgen_client_update(model: nn.Module, optimizer: Optimizer, received: Gener
         loss = F.cross_entropy(logits, y)
         objective = loss
         if generator is not None:
-            random_y = received.classes[drawn(
-                partial(torch.randint, len(received.classes)), (generated,), rng=rng,
-                device=y.device)]
+            draw = partial(torch.randint, len(received.classes))
+            random_y = received.classes[drawn(draw, (generated,), rng=rng, device=y.device)]
             latents = sample_latents(generator, torch.cat([random_y, y]), rng)
             synthetic, like_y = model.classifier.fc(latents).split([generated, len(y)])
             matching = distillation_loss(logits, like_y.detach())

@@ -128,8 +128,7 @@ def class_weights(counts: Tensor, *, of_all: bool = False) -> Tensor:
 
 
 def counting_rows(y: Tensor, weights: Tensor) -> list[Tensor]:
-    """By teacher, which of the samples of labels y count for it, alpha > 0; see classification_loss.
-    """
+    """By teacher, which samples of labels y count for it, alpha > 0; see classification_loss."""
     return [weight.nonzero().flatten() for weight in weights[:, y]]
 
 
@@ -507,11 +506,11 @@ def train_latent_generator(generator: LatentGenerator, optimizer_state: dict | N
     for group in optimizer.param_groups:
         group["lr"] = LATENT_LR * lr_factor
     generator.train()
+    all_rows = [torch.arange(batch, device=held.device)] * len(heads)
     for _ in range(steps):
         y = held[drawn(partial(torch.randint, len(held)), (batch,), rng=rng, device=held.device)]
         z = drawn(torch.rand, batch, generator.noise_dim, rng=rng, device=held.device)
         latents = generator(z, y)
-        all_rows = [torch.arange(batch, device=y.device)] * len(heads)
         loss = (classification_loss(latents, y, heads, weights, all_rows)
                 + diversity_weight * latent_diversity_loss(z, latents))
         optimizer.zero_grad()

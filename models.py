@@ -106,7 +106,7 @@ class Conv2d(nn.Conv2d):
         self.trimmed_to, self.loaded = WHOLE, None  # taps in the parameter, and the whole kernel
 
     def taps(self, height: int, width: int) -> tuple[tuple[slice, ...], tuple[int, int]]:
-        """Where in a kernel the taps are that meet a map of this size, and the padding they need."""
+        """Where in a kernel the taps are that meet a map of this size, and their padding."""
         (rows, above), (columns, left) = (live_taps(*along) for along in zip(
             (height, width), self.kernel_size, self.stride, self.padding))
         return (*WHOLE[:2], rows, columns), (above, left)
@@ -122,7 +122,7 @@ class Conv2d(nn.Conv2d):
         if self.trimmed_to == WHOLE and live != WHOLE:
             weight = weight[live]
         elif live != self.trimmed_to:
-            raise ValueError(f"this network was trimmed to images of another size (a map is {size})")
+            raise ValueError(f"the network was trimmed to images of another size (a map is {size})")
         if padding == (0, 0) and size == weight.shape[2:]:  # the kernel has one place on the map
             return F.linear(x.flatten(1), weight.flatten(1))[..., None, None]
         return F.conv2d(x, weight, None, self.stride, padding)
@@ -143,7 +143,7 @@ class Conv2d(nn.Conv2d):
 
 @functools.cache
 def live_taps(size: int, kernel: int, stride: int, padding: int) -> tuple[slice, int]:
-    """The taps of a kernel, along one side, that meet a map of this size, and the padding they need.
+    """The taps of a kernel, along one side, that meet a map of this size, and their padding.
 
     The map has size pixels and padding zeros on either side.  Tap j of the output's pixel i is
     multiplied with pixel i * stride + j - padding.

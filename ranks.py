@@ -21,7 +21,7 @@ import torch.distributed as dist
 from data import first_line, on_device
 
 PATIENCE = timedelta(days=30)  # that a rank has with another one's work
-GRACE = 5  # seconds that it has to end in an orderly way; torchrun gives it 30
+GRACE = 20  # seconds that it has to end in an orderly way; torchrun gives it 30
 _store: dist.Store | None = None  # where the ranks met, which outlives each of them
 
 

@@ -87,7 +87,7 @@ COMMON = [  # of every method, or of a kind of run; defaults of all may go by th
          apfl.SPEED_SPREAD, low=1, when=ASYNC),
     Flag("eval_every", int, "rounds between evaluations; the last one always has one", FEDERATION,
          by_setting(1, 5, 1), low=1),
-    Flag("train_images", int, "class-balanced, of all there are", DATA, None, low=1),
+    Flag("train_images", int, "so many of them, class-balanced", DATA, None, low=1),
     Flag("partition", str, "how the training images are split among the clients; dirichlet gives "
          "each at least ten", DATA, "dirichlet", choices=("iid", "dirichlet", "pathological")),
     Flag("alpha", float, "of --partition dirichlet, smaller is more skewed (AP-FL: 0.01 to 0.1)",
@@ -299,7 +299,6 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
         experiment = experiment._replace(semantics=semantics.to(device))
     files.write_config(out, experiment.settings)
     history = ranks.done_by(0, partial(files.metrics_so_far, out, progress, settings))
-    models.release_freed_memory()
     describe(experiment, progress.server, out)
     if resume:
         print(f"going on after round {progress.round}\n", flush=True)
@@ -307,7 +306,7 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
 
 
 def settings_of_run(typed: dict, out: Path, resume: bool) -> dict:
-    """The settings of the run in a folder, or of a new one.  Raises ValueError if there are none."""
+    """The settings of the run in a folder, or of a new one.  Raises ValueError if it has none."""
     if not resume:
         files.check_free(out)
     settings = settings_to_resume(out, typed) if resume else resolve(typed)
@@ -635,7 +634,8 @@ def train_stages(experiment: Experiment, progress: Progress, out: Path) -> Progr
             seconds = {f"{name}_seconds": round(time.perf_counter() - start, 3)}
             progress = progress._replace(after=after, totals=progress.totals | seconds)
             files.save_checkpoint(out, progress)
-        if name == "generator" and ranks.is_first() and (is_new or not (out / "samples.png").exists()):
+        missing = name == "generator" and (is_new or not (out / "samples.png").exists())
+        if missing and ranks.is_first():
             taught = sum(one["class_counts"] for one in progress.server["teachers"].values()) > 0
             pictures.draw_samples(
                 out / "samples.png", apfl.sample_sheet(experiment, progress.after).cpu(),

@@ -3,8 +3,11 @@
 python -m tests.ranks_alike compares more methods, on two and three processes, and kills either.
 """
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -63,6 +66,21 @@ def test_cores_of_a_machine_are_shared_by_its_processes(monkeypatch):
 def test_a_nest_of_values_moves_with_all_its_tensors():
     moved = data.on_device({"a": [torch.ones(1), {"b": torch.ones(2)}], "c": 3}, "meta")
     assert moved["c"] == 3 and moved["a"][0].is_meta and moved["a"][1]["b"].is_meta
+
+
+def test_the_last_resort_waits_for_sigterm_and_says_one_line(monkeypatch, capsys):
+    told, tell = os.pipe()
+    monkeypatch.setattr(ranks, "GRACE", 0)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    os.write(tell, bytes([signal.SIGINT]))
+    thread = threading.Thread(target=ranks.end_at_last, args=(told,))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()  # Ctrl-C has a handler of its own
+    os.write(tell, bytes([signal.SIGTERM]))
+    thread.join(10)
+    error = capsys.readouterr().err
+    assert not thread.is_alive() and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_two_processes_leave_what_one_does(tmp_path):
