@@ -49,8 +49,8 @@ from data import (BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, LATENT, PROXIES, 
 from generator import (class_weights, initial_latent_generator, load_latent_generator,
                        sample_latents, train_latent_generator)
 from models import (TEST_BATCH, State, all_finite, average, block_of, collect_statistics,
-                    copy_state, extract, index_sets, interpolate, is_parameter, layerwise_average, learnt_part,
-                    load_network, num_bytes, per_architecture_average, predict, predict_logits,
+                    copy_state, extract, index_sets, interpolate, is_parameter, layerwise_average,
+                    learnt_part, load_network, num_bytes, per_architecture_average, predict, predict_logits,
                     representation, shapes, with_exits)
 
 FEDPROX_MU = 0.1  # mu; FedIN prints mu/2 = 0.05 for FedProx and for itself (Sec. 5.1)
