@@ -50,8 +50,8 @@ from generator import (class_weights, initial_latent_generator, load_latent_gene
                        sample_latents, train_latent_generator)
 from models import (TEST_BATCH, State, all_finite, average, block_of, collect_statistics,
                     copy_state, extract, index_sets, interpolate, is_parameter, layerwise_average,
-                    learnt_part, load_network, num_bytes, per_architecture_average, predict, predict_logits,
-                    representation, shapes, with_exits)
+                    learnt_part, load_network, num_bytes, per_architecture_average, predict,
+                    predict_logits, representation, shapes, with_exits)
 
 FEDPROX_MU = 0.1  # mu; FedIN prints mu/2 = 0.05 for FedProx and for itself (Sec. 5.1)
 FEDPROX_MU_APFL = 0.01  # mu in AP-FL's setting, where the paper gives none
