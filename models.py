@@ -52,7 +52,7 @@ NETWORKS = {  # which of these a method can work with
     "cnn, one ResNet": tuple(name for name in MODELS if len(MODELS[name]) == 1),
     "-widths": tuple(name for name in MODELS if name.endswith("-widths"))}
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # of batch normalisation
-TEST_BATCH = 250  # images; fastest on a CPU between 128 and 256, at 1,024 twice as slow
+TEST_BATCH = 128  # images; fastest on a CPU between 128 and 256, at 1,024 twice as slow
 
 # ----------------------------------------------------------------------------------------- networks
 
@@ -661,7 +661,15 @@ def predict_logits(model: nn.Module, images: Tensor,
                    prepare: Callable[[Tensor], Tensor]) -> Tensor:
     """The logits (N, classes) of a network in evaluation mode for uint8 images (N, C, H, W)."""
     model.eval()
-    return torch.cat([model(prepare(batch)) for batch in images.split(TEST_BATCH)])
+    # All logits in one tensor: those of each batch, kept apart, would lie among the large tensors
+    # that are freed, and the C library could not use that memory again (up to 0.4 GB).
+    logits = None
+    for start in range(0, len(images), TEST_BATCH):
+        of_batch = model(prepare(images[start:start + TEST_BATCH]))
+        if logits is None:
+            logits = of_batch.new_empty(len(images), of_batch.shape[1])
+        logits[start:start + TEST_BATCH] = of_batch
+    return logits
 
 
 def predict(model: nn.Module, images: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
