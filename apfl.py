@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from baselines import (APFL_SETTINGS, FEDAVG, By, Experiment, Flag, LabelledUpdate, Result, Stream,
-                       Task, Update, fedavg_client_update, fedavg_init, fedavg_server_update,
-                       figures, predicted_right, round_figures, train_late, with_class_counts)
+from baselines import (APFL_SETTINGS, FEDAVG, By, Experiment, Flag, LabelledUpdate, Method, Result,
+                       Stream, Task, Update, fedavg_client_update, fedavg_init,
+                       fedavg_server_update, figures, predicted_right, round_figures, train_late,
+                       with_class_counts)
 from data import (BATCHES, FRIEND_BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, SYNTHETIC,
                   ClientData, samples_per_epoch)
 from generator import (BALANCE, DISTANCE, NOISE_DIM, SEMANTICS, SemanticGenerator, class_weights,
@@ -309,7 +310,7 @@ def personalise(own: State, friend: State, *, beta: float, beta_on: str = "clien
     return interpolate(start, end, beta)
 
 
-def final_models(experiment: Experiment, server: dict,
+def final_models(method: Method, server: dict,
                  after: Mapping) -> dict[str, dict[int, State]]:
     """After the stages, by client: its own model and, of AP-FL, its friend and personalised one.
 
@@ -319,7 +320,7 @@ def final_models(experiment: Experiment, server: dict,
     kinds = {"client": dict(sorted((own | after["late"]).items()))}
     if "friends" in after:
         kinds |= {"friend": after["friends"], "personalised": {
-            k: experiment.method.personalise(weights, after["friends"][k])
+            k: method.personalise(weights, after["friends"][k])
             for k, weights in kinds["client"].items()}}
     return kinds
 
@@ -375,7 +376,8 @@ def final_line(experiment: Experiment, line: dict, server: dict, after: Mapping)
 
     AP-FL adds those of every kind of model.
     """
-    sent, kinds = stage_traffic(experiment, server, after), final_models(experiment, server, after)
+    sent = stage_traffic(experiment, server, after)
+    kinds = final_models(experiment.method, server, after)
     entry = {**line, "download_mb": line["download_mb"] + sent}
     for kind, by_client in experiment.watch(kinds.items(), "evaluation", "kind"):
         in_use = ((k, client.arch, k, by_client[k]) for k, client in enumerate(experiment.clients))
@@ -399,7 +401,7 @@ def beta_curves(experiment: Experiment, server: dict, after: Mapping,
     few = experiment._replace(
         data=data._replace(x_test=data.x_test[rows], y_test=data.y_test[rows]),
         test_shares=[torch.isin(rows, share).nonzero().flatten() for share in shares])
-    own, curves = final_models(experiment, server, after)["client"], {}
+    own, curves = final_models(experiment.method, server, after)["client"], {}
     for beta in experiment.watch(betas, "beta curve", "beta"):
         in_use = ((k, few.clients[k].arch, k, personalise(weights, after["friends"][k], beta=beta))
                   for k, weights in own.items())
@@ -419,8 +421,8 @@ METHODS = {"apfl": FEDAVG._replace(
         "semantics": By("dataset", {"digits": "segments", "svhn": "segments"}, "clip"),
         "word_vectors": None, "teacher": TEACHER, "distance": DISTANCE,
         "friend_labels": FRIEND_LABELS, "noise_dim": NOISE_DIM,
-        "synthetic_per_class": By("setting", {"quick": 100}, SYNTHETIC_PER_CLASS),
-        "generator_steps": By("setting", {"quick": 150}, GENERATOR_STEPS),
+        "synthetic_per_class": By("setting", {"quick": 50}, SYNTHETIC_PER_CLASS),
+        "generator_steps": By("setting", {"quick": 40}, GENERATOR_STEPS),
         "generator_batch": By("setting", {"quick": 10}, GENERATOR_BATCH),
         "friend_epochs": By("setting", {"quick": 5}, FRIEND_EPOCHS)})}
 
@@ -433,7 +435,7 @@ FLAGS = [
     Flag("semantics", str, "A(y), Eq. 11: an encoder's, or classes and embeddings of an .npz",
          choices=SEMANTICS, file=".npz"),
     Flag("word_vectors", str, "of --semantics word2vec: a text file, a word and its numbers a line",
-         when={"semantics": ["word2vec"]}),
+         file=".txt", when={"semantics": ["word2vec"]}),
     Flag("teacher", str, "who supervises the generator: the global model (Abstract, Sec. 3.2), or "
          "the clients' (Eq. 6)", choices=("global", "clients")),
     Flag("distance", str, "between samples in Eq. 8: a pixel's root mean square, or L2 as printed",

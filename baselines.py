@@ -32,7 +32,7 @@ import copy
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -48,10 +48,11 @@ from data import (BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, LATENT, PROXIES, 
                   torch_stream)
 from generator import (class_weights, initial_latent_generator, load_latent_generator,
                        sample_latents, train_latent_generator)
-from models import (TEST_BATCH, State, all_finite, average, block_of, collect_statistics,
-                    copy_state, extract, index_sets, interpolate, is_parameter, layerwise_average,
-                    learnt_part, load_network, num_bytes, per_architecture_average, predict,
-                    predict_logits, representation, shapes, with_exits)
+from models import (TEST_BATCH, State, all_finite, average, block_of, build_empty,
+                    collect_statistics, copy_state, extract, index_sets, is_parameter,
+                    layerwise_average, learnt_part, load_network, num_bytes,
+                    per_architecture_average, predict, predict_logits, representation, server_step,
+                    shapes, with_exits)
 
 FEDPROX_MU = 0.1  # mu; FedIN prints mu/2 = 0.05 for FedProx and for itself (Sec. 5.1)
 FEDPROX_MU_APFL = 0.01  # mu in AP-FL's setting, where the paper gives none
@@ -230,8 +231,6 @@ def predicted_right(experiment: Experiment, in_use: Iterable[tuple[object, str, 
     """
     images, prepare = experiment.data.x_train, preparation(experiment.statistics)
     taking_part = torch.cat([experiment.clients[k].indices for k in experiment.available])
-    # Networks cut by width keep no statistics, so they get those of batches of all clients' images.
-    count = math.ceil(len(taking_part) / TEST_BATCH)
     owner, mine, key_of = {}, {}, {}  # the distinct models are dealt out to the processes
     for k, arch, key, weights in in_use:
         key_of[k] = key
@@ -240,12 +239,35 @@ def predicted_right(experiment: Experiment, in_use: Iterable[tuple[object, str, 
         owner[key] = len(owner) % ranks.count()
         if owner[key] == ranks.number():
             model = experiment.network(arch, weights)
-            collect_statistics(model, (prepare(images[taking_part[batch::count]])
-                                       for batch in range(count)))
+            collect_statistics(model, spread_batches(images, taking_part, prepare))
             mine[key] = predict(model, experiment.data.x_test, prepare) == experiment.data.y_test
     right = {key: ranks.done_by(rank, partial(mine.get, key), experiment.settings["device"])
              for key, rank in owner.items()}
     return {k: right[key] for k, key in key_of.items()}
+
+
+def expected_traffic(experiment: Experiment, server: dict) -> float:
+    """Bytes that a round sends each way for an average client, once there are features too."""
+    clients, method = experiment.clients, experiment.method
+    first = method.init(server["weights"])  # which has nothing but weights to send yet
+    total = sum(num_bytes(method.download(first, client, experiment.stream(0, client.id)))
+                for client in clients) / len(clients)
+    if method.further_traffic is not None:
+        meta = torch.device("meta")
+        net = build_empty(clients[0].arch, *experiment.shape, meta).eval()
+        image = torch.empty(1, *experiment.data.x_train.shape[1:], device=meta)
+        total += num_bytes(method.further_traffic(net, image))
+    return total
+
+
+def spread_batches(images: Tensor, indices: Tensor, prepare: Callable) -> Iterator[Tensor]:
+    """Batches of all clients' images, each from everywhere among them.
+
+    indices: of the images that clients have who take part.  Networks cut by width, which keep no
+    statistics, get theirs from these; see models.collect_statistics.
+    """
+    count = math.ceil(len(indices) / TEST_BATCH)
+    return (prepare(images[indices[batch::count]]) for batch in range(count))
 
 
 # ------------------------------------------------------------------------------------------- FedAvg
@@ -498,8 +520,7 @@ def scaffold_server_update(server: dict, updates: Mapping[int, ScaffoldUpdate], 
     does.  (Weights by n_k with variates alike would find the optimum of clients that count alike.)
     """
     def step(old: State, uploads: Mapping, counts: Mapping, *, uniform: bool) -> State:
-        mean = average(old, uploads, counts, uniform=uniform)
-        return mean if server_lr == 1 else interpolate(old, mean, server_lr)
+        return server_step(old, average(old, uploads, counts, uniform=uniform), server_lr)
 
     def add_mean(old: State, changes: Mapping, counts: Mapping, *, uniform: bool) -> State:
         zeros = {name: torch.zeros_like(c) for name, c in old.items()}
@@ -1135,7 +1156,7 @@ class Flag(NamedTuple):
     above: float | None = None  # or the largest that is too small
     high: float = 1e9  # the largest number allowed
     choices: Collection[str] = ()
-    file: str = ""  # of the name of a file that may be given instead of a choice: how it ends
+    file: str = ""  # of the name of a file that may be given, instead of a choice: how it ends
     when: Mapping[str, Collection[str]] = {}  # read if one of these flags has one of these values,
     unless: Mapping[str, Collection[str]] = {}  # and not if one has one of these
     decides: Mapping[str, Mapping[str, Any]] = {}  # "" or a list's choice -> flags that it fixes
@@ -1156,7 +1177,7 @@ def read_value(flag: Flag, text: str | list | bool) -> Any:
         return text
     name, file = typed_as(flag.name), f", or give the path of an {flag.file} file" * bool(flag.file)
     if flag.kind in (str, list):
-        if not flag.choices or text in flag.choices or (file and text.endswith(flag.file)):
+        if not flag.choices or text in flag.choices or (file and text.lower().endswith(flag.file)):
             return text
         raise ValueError(f"unknown {name} '{text}': choose one of {', '.join(flag.choices)}{file}")
     try:
@@ -1170,6 +1191,23 @@ def read_value(flag: Flag, text: str | list | bool) -> Any:
         bound = f"at least {flag.low:g}" if flag.above is None else f"above {flag.above:g}"
         raise ValueError(f"{name} must be {noun} {bound}, not '{text}'")
     return value
+
+
+def is_stored_value(flag: Flag, value: Any) -> bool:
+    """Whether a value from a file could be one of the flag's, or one that is merely too large."""
+    if flag.kind is list:
+        return isinstance(value, list) and set(value) <= set(flag.choices)
+    if type(value) is not flag.kind and not (flag.kind is float and type(value) is int):
+        return False
+    try:
+        return read_value(flag._replace(high=math.inf), value) == value
+    except ValueError:
+        return False
+
+
+def is_file(flag: Flag, value: Any) -> bool:
+    """Whether a value of the flag is the name of a file."""
+    return isinstance(value, str) and bool(flag.file) and value not in flag.choices
 
 
 def default_of(flag: Flag, method: Method, settings: Mapping[str, Any]) -> Any:
@@ -1216,6 +1254,19 @@ def default_text(flag: Flag, methods: Mapping[str, Method]) -> str:
     return f"; default {'; '.join(said)}" if said else ""
 
 
+def methods_rows(methods: Mapping[str, Method], flags: Mapping[str, Flag]) -> list[tuple]:
+    """The table that --methods prints, its head first."""
+    rows = [("method", "paper", "a client sends", "it keeps", "--model", "--aggregation",
+             "flags of its own")]
+    for name, method in methods.items():
+        own = [typed_as(flag) for flag in method.defaults
+               if flags[flag].default is NOT_SAID and flag != "aggregation"]
+        averages = ", ".join(method.averages) or ("its own" if method.instead else "-")
+        rows.append((name, method.paper, method.sends, method.keeps, method.networks, averages,
+                     " ".join(own) or "-"))
+    return rows
+
+
 # ------------------------------------------------------------------------------ methods and flags
 
 IN_STEP = ("layerwise", "per-architecture")  # averages of all updates of a round at once
@@ -1227,7 +1278,8 @@ FEDAVG = Method(
 APFL_SETTINGS = {  # defaults of methods that are in AP-FL's tables alone
     "setting": By("dataset", {"digits": "quick"}, "apfl"),
     **{name: By("setting", {"quick": value}) for name, value in (
-        ("participation", 1.0), ("local_epochs", 5), ("batch_size", 50), ("model", "cnn"))}}
+        ("participation", 1.0), ("local_epochs", 5), ("batch_size", 50), ("lr", 1e-3),
+        ("model", "cnn"))}}
 HETEROFL = FEDAVG._replace(
     paper="Diao et al. 2021", sends="sub-model", init=heterofl_init, download=heterofl_download,
     client_update=heterofl_client_update, server_update=heterofl_server_update,

@@ -1,22 +1,22 @@
 """Data sets, partitions, batches and random streams.  A leaf: knows nothing of models.
 
-In reading order: random streams; loading (digits, torchvision's data sets, any .npz); which images
-a run uses; how they are shared out (share_out, and each partition); what turns uint8 images into
-network input, and the batches of one client.
+In reading order: random streams; loading (digits, torchvision's data sets, any .npz); writing
+files; which images a run uses; how they are shared out (share_out, and each partition); what turns
+uint8 images into network input, and the batches of one client.
 
 Images are uint8 tensors (N, C, 32, 32), labels int64 (N,).  A client is an index into them: nothing
 is ever copied per client, and there is no loader between the tensors and the network.
 """
 
+import hashlib
 import os
-import pickle
-import tokenize
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +49,10 @@ class Dataset(NamedTuple):
     x_test: Tensor
     y_test: Tensor
     classes: list[str]
+    digest: str = ""  # of what they were made of, see digest
+
+
+ARRAYS = Dataset._fields[:5]  # as they are named in an .npz
 
 
 class ClientData(NamedTuple):
@@ -102,25 +106,29 @@ def drawn(draw: Callable, *size: object, rng: torch.Generator, device: torch.dev
 
 # ------------------------------------------------------------------------------------------ loading
 
-def load(dataset: str, data_dir: str | Path = "data") -> Dataset:
+def load(dataset: str | Path, data_dir: str | Path = "data") -> Dataset:
     """Load a data set by name, or a user's own from the path of an .npz file.
 
     digits needs no download.  The others come through torchvision into data_dir at first use, where
     its checksums are verified, and are then kept there as one uint8 .npz, so that a second start
-    reads a single file.  Raises ValueError with one line that says what is wrong and what to do.
+    reads a single file, unless nothing can be written there.
+    Raises ValueError with one line that says what is wrong and what to do.
     """
+    dataset = str(dataset)
     if dataset == "digits":
         return read_digits()
     if dataset in DATASETS:
         cache = Path(data_dir) / f"{dataset}-{IMAGE_SIZE}x{IMAGE_SIZE}.npz"
-        if not cache.exists():
-            write_npz(cache, download(dataset, data_dir))
+        with one_at_a_time(cache):  # others may need it too and not have it yet
+            found = None if cache.exists() else download(dataset, data_dir)
+            if found is not None and not write_cache(cache, partial(write_npz, data=found)):
+                return found
         try:
             return read_npz(cache)
         except ValueError as error:
             raise ValueError(f"the cached copy {cache} is damaged: delete it to have it made again"
                              ) from error
-    if not dataset.endswith(".npz"):
+    if not dataset.lower().endswith(".npz"):
         raise ValueError(f"unknown dataset '{dataset}': choose one of {', '.join(DATASETS)}, "
                          "or give the path of an .npz file")
     data = read_npz(dataset)
@@ -142,7 +150,7 @@ def read_digits() -> Dataset:
                                    stratify=digits.target)
     x, y = to_images(images), torch.from_numpy(digits.target.astype(np.int64))
     names = [str(name) for name in digits.target_names]
-    return Dataset(x[train], y[train], x[test], y[test], names)
+    return Dataset(x[train], y[train], x[test], y[test], names, digest(images, y))
 
 
 def download(dataset: str, data_dir: str | Path) -> Dataset:
@@ -172,11 +180,42 @@ def download(dataset: str, data_dir: str | Path) -> Dataset:
         train, test = (kind(root, train=part, download=True) for part in (True, False))
         return from_arrays(np.asarray(train.data), np.asarray(train.targets),
                            np.asarray(test.data), np.asarray(test.targets), train.classes)
-    except (OSError, RuntimeError, ValueError, TypeError, AssertionError, LookupError, EOFError,
-            pickle.UnpicklingError) as error:  # by format, what torchvision raises on a broken file
-        raise ValueError(f"{dataset} could not be loaded into '{root}' ({first_line(error)}): "
-                         "check the connection, or put the original files there (--data-dir)"
-                         ) from error
+    except Exception as error:  # torchvision raises a dozen kinds on a broken file
+        damaged = ", ".join(str(path) for path in damaged_originals(dataset, data_dir))
+        remedy = "check the connection, or put the original files there (--data-dir)"
+        if damaged:
+            remedy = f"delete {damaged}, which is damaged, or put a sound copy in its place"
+        raise ValueError(f"{dataset} could not be loaded into '{root}' "
+                         f"({first_line(error)[:100]}): {remedy}") from error
+
+
+def damaged_originals(dataset: str, data_dir: str | Path) -> list[Path]:
+    """Those of torchvision's files that are in data_dir but not as they should be."""
+    from torchvision import datasets as sets
+    from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor as read_idx
+    from torchvision.datasets.utils import check_integrity
+
+    kind = {"svhn": sets.SVHN, "cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100,
+            "emnist": sets.EMNIST, "fashionmnist": sets.FashionMNIST}[dataset]
+    folder = Path(data_dir)
+    if dataset == "svhn":
+        sums = {name: md5 for _, name, md5 in kind.split_list.values()}
+    elif dataset.startswith("cifar"):
+        sums = {f"{kind.base_folder}/{name}": md5 for name, md5 in kind.train_list + kind.test_list}
+        sums |= {f"{kind.base_folder}/{kind.meta['filename']}": kind.meta["md5"],
+                 kind.filename: kind.tgz_md5}
+    else:
+        folder = folder / kind.__name__ / "raw"
+        sums = {"gzip.zip": kind.md5} if dataset == "emnist" else dict(kind.resources)
+    found = [folder / name for name, md5 in sums.items()
+             if (folder / name).exists() and not check_integrity(str(folder / name), md5)]
+    used = "emnist-letters-*-ubyte" if dataset == "emnist" else "*-ubyte"
+    for unpacked in sorted(folder.glob(used)):  # for these there are no checksums
+        try:
+            read_idx(str(unpacked))
+        except Exception:  # by what is wrong, a dozen kinds
+            found.append(unpacked)
+    return found
 
 
 def read_npz(path: str | Path) -> Dataset:
@@ -193,31 +232,30 @@ def read_npz(path: str | Path) -> Dataset:
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("it is one array and no archive")
         with archive:
-            arrays = {name: archive[name] for name in archive.files if name in Dataset._fields}
+            arrays = {name: archive[name] for name in archive.files if name in ARRAYS}
         if not all(isinstance(array, np.ndarray) for array in arrays.values()):
             raise ValueError("it holds a file that is no array")
-    except (OSError, ValueError, EOFError, RuntimeError, MemoryError, tokenize.TokenError,
-            zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # numpy and zipfile raise a dozen kinds on a broken file
         raise ValueError(f"{path} cannot be read ({first_line(error)}): expected an .npz written "
                          "by numpy.savez with plain numeric arrays") from error
-    missing = [name for name in Dataset._fields[:4] if name not in arrays]
+    missing = [name for name in ARRAYS[:4] if name not in arrays]
     if missing:
         raise ValueError(f"{path} has no {', '.join(missing)}: it must hold x_train, y_train, "
                          "x_test and y_test, and may hold classes")
     try:
-        return from_arrays(*(arrays.get(name) for name in Dataset._fields))
+        loaded = from_arrays(*(arrays.get(name) for name in ARRAYS))
+        # Of the file's own arrays, since another machine may resize them a little differently.
+        return loaded._replace(digest=digest(*arrays.values(), loaded.classes))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def write_npz(path: Path, data: Dataset) -> None:
     """Write a data set as the .npz that read_npz reads; a file half written never gets the name."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, classes=np.array(data.classes),
-                 x_train=data.x_train.permute(0, 2, 3, 1).numpy(), y_train=data.y_train.numpy(),
-                 x_test=data.x_test.permute(0, 2, 3, 1).numpy(), y_test=data.y_test.numpy())
-    os.replace(temporary, path)
+    write_atomically(path, lambda file: np.savez(
+        file, classes=np.array(data.classes),
+        x_train=data.x_train.permute(0, 2, 3, 1).numpy(), y_train=data.y_train.numpy(),
+        x_test=data.x_test.permute(0, 2, 3, 1).numpy(), y_test=data.y_test.numpy()))
 
 
 def from_arrays(x_train, y_train, x_test, y_test, classes=None) -> Dataset:
@@ -233,7 +271,7 @@ def from_arrays(x_train, y_train, x_test, y_test, classes=None) -> Dataset:
             raise ValueError(f"y_train holds label {y_train.max()} in {len(y_train)} labels: "
                              "number the classes 0, 1, 2, ... without gaps")
         classes = range(int(y_train.max()) + 1)
-    names = np.asarray(classes).reshape(-1).astype(str).tolist()
+    names = class_names(np.asarray(classes))
     if len(names) < 2:
         raise ValueError(f"there must be at least two classes, not {len(names)}")
     for part, labels in (("train", y_train), ("test", y_test)):
@@ -263,6 +301,9 @@ def check_images(name: str, images: np.ndarray) -> None:
     if images.min() < 0 or images.max() > top:
         raise ValueError(f"{name} holds pixels from {images.min()} to {images.max()}; "
                          f"{images.dtype} images must lie in 0..{top}")
+    if images.dtype.kind != "f" and images.max() == 1:
+        print(f"warning: {name} holds integers that are 0 and 1 alone: masks, or images in 0..1 "
+              "that were cut to integers?", flush=True)
 
 
 def check_labels(name: str, labels: np.ndarray, count: int) -> None:
@@ -276,6 +317,28 @@ def check_labels(name: str, labels: np.ndarray, count: int) -> None:
         raise ValueError(f"{name} is empty")
     if labels.min() < 0:
         raise ValueError(f"{name} holds label {labels.min()}; labels start at 0")
+
+
+def class_names(names: np.ndarray) -> list[str]:
+    """Names of any type, bytes too, as text of one line each."""
+    def text(name: object) -> str:
+        if isinstance(name, bytes):
+            try:
+                return name.decode()
+            except UnicodeDecodeError:
+                return name.decode("latin-1")
+        return str(name).encode("utf-8", "replace").decode()
+
+    return [" ".join(text(name).split()) for name in names.reshape(-1).tolist()]
+
+
+def digest(*arrays: Tensor | np.ndarray | Sequence[str]) -> str:
+    """A fingerprint of images, labels, names, ...: of their types, shapes and values."""
+    found = hashlib.sha256()
+    for array in map(np.ascontiguousarray, arrays):
+        found.update(f"{array.dtype.str} {array.shape} ".encode())
+        found.update(array.data if array.size else b"")
+    return found.hexdigest()[:16]
 
 
 def to_images(array: np.ndarray) -> Tensor:
@@ -296,9 +359,54 @@ def to_images(array: np.ndarray) -> Tensor:
     return images
 
 
+# ---------------------------------------------------------------------------------- writing files
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type where it has none."""
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let write(file) fill a file that gets its name only once it is safely on the disk.
+
+    Until then it lies beside it, under a name that no other process uses.  Raises OSError.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # torch.save's, after a full disk, a Ctrl-C, ...
+            if isinstance(error.__context__, (OSError, KeyboardInterrupt)):
+                raise error.__context__ from None
+            raise OSError(f"cannot write {path}: {first_line(error)}") from error
+        raise
+
+
+def write_cache(path: Path, write: Callable[[Path], object]) -> bool:
+    """Have write(path) keep something for the next run, or do without; returns whether it could."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+    except OSError as error:
+        print(f"{path} could not be written ({first_line(error)}), so the next start makes it anew",
+              flush=True)
+        return False
+    return True
+
+
+@contextmanager
+def one_at_a_time(path: Path):
+    """Keep other processes of this machine waiting that make the same file."""
+    from filelock import FileLock
+
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    with FileLock(f"{tempfile.gettempdir()}/{path.stem}-{name}.lock"):
+        yield
 
 
 # ------------------------------------------------------------------------- which images a run uses
@@ -412,6 +520,13 @@ def share_out(whole: Dataset, num_clients: int, seed: int, *, train_images: int 
                   dropouts, seen, unseen, channel_statistics(data.x_train, taking_part),
                   None if proxy is None else proxy_images(proxy, whole, distilled, seed),
                   None if proxy is None else (whole.x_train[validation], whole.y_train[validation]))
+
+
+def described(shared: Shared) -> dict:
+    """What a network of this data takes in and puts out, in numbers and words for a JSON file."""
+    mean, deviation = (value.flatten().tolist() for value in shared.statistics)
+    return {"channels": len(mean), "size": IMAGE_SIZE, "mean": mean, "deviation": deviation,
+            "classes": shared.data.classes}
 
 
 def server_images(shared: Shared) -> dict[str, ClientData]:

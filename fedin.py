@@ -67,12 +67,17 @@ def project_gradient(inner: Tensor, local: Tensor) -> Tensor:
     inner, local: G_IN and G_local of one weight tensor, of equal shape, as Z
     Note that G_local has no share in Z at all where the two agree (b >= 0).
     """
-    a = (local * local).sum()
-    b = (local * inner).sum()
-    # Clamped rather than branched on, so that nothing waits for the device.  The smallest normal
-    # float keeps 0/0 out where G_local is zero or so small that a underflows: Z is then G_IN.
-    step = b.clamp(max=0) / a.clamp(min=torch.finfo(a.dtype).tiny)
-    return inner - step * local
+    # Of unit vectors, with a largest entry of 1, no square overflows or underflows; b/a is the same
+    # but for that factor.  Clamped rather than branched on, so that nothing waits for the device;
+    # the clamps keep out 0/0.
+    tiny = torch.finfo(local.dtype).tiny
+    largest_inner, largest_local = (tensor.abs().amax().clamp(min=tiny)
+                                    for tensor in (inner, local))
+    inner_unit, local_unit = inner / largest_inner, local / largest_local
+    a = (local_unit * local_unit).sum()
+    b = (local_unit * inner_unit).sum()
+    step = b.clamp(max=0) / a.clamp(min=tiny)
+    return inner - largest_inner * (step * local_unit)
 
 
 def project_gradients(inner: Mapping[str, Tensor], local: Mapping[str, Tensor], *,

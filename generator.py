@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import drawn, first_line
+from data import class_names, drawn, first_line, write_atomically, write_cache
 from models import drawing_from
 
 NOISE_DIM = 20  # d_z, the best of those in the paper's Fig. 5
@@ -278,14 +278,14 @@ def read_embeddings(path: str | Path, classes: Sequence[str]) -> np.ndarray:
 
     Classes are matched by name.  Raises ValueError with one line that names the file.
     """
-    if not str(path).endswith(".npz"):
+    if not str(path).lower().endswith(".npz"):
         raise ValueError(f"unknown semantics '{path}': choose one of {', '.join(SEMANTICS)}, or "
                          "give the path of an .npz file")
     if not Path(path).exists():
         raise ValueError(f"there is no file {path}: check --semantics")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            names = np.asarray(archive["classes"]).reshape(-1).astype(str).tolist()
+            names = class_names(np.asarray(archive["classes"]))
             embeddings = np.asarray(archive["embeddings"])
     except KeyError as error:
         raise ValueError(f"{path} must hold classes (names) and embeddings") from error
@@ -329,6 +329,8 @@ def read_word_vectors(path: str | None, classes: Sequence[str]) -> np.ndarray:
                 vector = parse_numbers(numbers) if word in wanted else None
                 if vector is not None:
                     found[word] = vector
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {path}: check --word-vectors") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as word vectors ({first_line(error)}): expected "
                          "text lines of a word and its numbers") from error
@@ -366,7 +368,7 @@ def encode_with_cache(encode: Callable[[list[str]], np.ndarray], classes: Sequen
     prompt: a text with {} for the name.  What is kept goes by the text, so that with another
         prompt it is encoded anew
     """
-    texts = [prompt.format(name.replace("_", " ")) for name in classes]
+    texts = [" ".join(prompt.format(name.replace("_", " ")).split()) for name in classes]
     if cache.exists():
         try:
             return read_embeddings(cache, texts)
@@ -380,11 +382,8 @@ def encode_with_cache(encode: Callable[[list[str]], np.ndarray], classes: Sequen
             embeddings = encode(texts)
     finally:
         logging.disable(logging.NOTSET)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, classes=np.array(texts), embeddings=embeddings)
-    temporary.replace(cache)
+    write_cache(cache, partial(write_atomically, write=lambda file: np.savez(
+        file, classes=np.array(texts), embeddings=embeddings)))
     return embeddings
 
 

@@ -577,6 +577,17 @@ def interpolate(start: State, end: State, weight: float) -> State:
             for name, tensor in start.items()}
 
 
+def server_step(old: State, mean: State, step: float) -> State:
+    """x + step (mean y - x) for the parameters; buffers are averaged, whatever the step.
+
+    Beyond 1 a step extrapolates, and a variance of batch normalisation would end below zero.
+    """
+    if step == 1:
+        return mean
+    return {**mean, **interpolate({name: x for name, x in old.items() if is_parameter(name)}, mean,
+                                  step)}
+
+
 def release_freed_memory() -> None:
     """Have the C library give back to the system what has been freed.
 

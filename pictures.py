@@ -1,11 +1,15 @@
 """What a run shows of its numbers, which may come from saved files too: pictures and text."""
 
+import io
+import os
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 import numpy as np
 from torch import Tensor
@@ -23,7 +27,14 @@ def new_figure(width: float, height: float):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def draw_curves(path: Path, history: Sequence[Mapping], title: str) -> None:
+def save(figure, path: Path | BinaryIO) -> None:
+    """Write a figure as PNG; letters that the font lacks are boxes, without a warning of each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(path, dpi=DPI, format="png")
+
+
+def draw_curves(path: Path | BinaryIO, history: Sequence[Mapping], title: str) -> None:
     """A picture of accuracy and loss against rounds, of asynchronous runs against the clock too.
 
     history: the lines of metrics.jsonl
@@ -58,11 +69,11 @@ def draw_curves(path: Path, history: Sequence[Mapping], title: str) -> None:
                 partial(np.interp, xp=clock, fp=[0, *rounds])))
             above.set_xlabel("virtual clock")
     figure.suptitle(title, parse_math=False)
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
 
 
-def draw_samples(path: Path, images: Tensor, names: Sequence[str], seen: Sequence[bool],
-                 title: str) -> None:
+def draw_samples(path: Path | BinaryIO, images: Tensor, names: Sequence[str],
+                 seen: Sequence[bool], title: str) -> None:
     """A sheet of images, a row a class; classes that are not seen are marked.
 
     images: (classes, samples, C, H, W) uint8
@@ -82,11 +93,11 @@ def draw_samples(path: Path, images: Tensor, names: Sequence[str], seen: Sequenc
         for label, tick in zip(shown, axes.get_yticklabels()):
             tick.set_color("black" if seen[label] else "C3")
     figure.suptitle(title, parse_math=False)
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
 
 
-def draw_beta(path: Path, betas: Sequence[float], curves: Mapping[tuple[str, str], Sequence[float]],
-              used: float, title: str) -> None:
+def draw_beta(path: Path | BinaryIO, betas: Sequence[float],
+              curves: Mapping[tuple[str, str], Sequence[float]], used: float, title: str) -> None:
     """Accuracy of interpolated models against beta of AP-FL's Eq. 10 as printed, 0 to 1.
 
     curves: (whose, "accuracy" or "personal_accuracy") -> percent at each beta; "dropout" clients
@@ -105,10 +116,50 @@ def draw_beta(path: Path, betas: Sequence[float], curves: Mapping[tuple[str, str
     axes.set_title(title, parse_math=False)
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
 
 
 # ------------------------------------------------------------------------------------- the terminal
+
+def nowhere() -> TextIO:
+    """A stream that shows nothing."""
+    return open(os.devnull, "w", encoding="utf-8", errors="replace")
+
+
+class Display(io.TextIOBase):
+    """A stream to print on that never ends a run; what it cannot encode is replaced.
+
+    Once it is closed, gone or full, nothing is shown any more.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = nowhere() if stream is None else stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(lambda: self.stream.flush())
+
+    def _try(self, work: Callable) -> None:
+        try:
+            work()
+        except (OSError, ValueError):
+            self.stream = nowhere()
+
+    def isatty(self) -> bool:
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return self.stream.encoding
+
 
 def watch(items: Iterable | None, what: str | None, unit: str, total: int | None = None,
           **options: object) -> tqdm:

@@ -7,10 +7,12 @@ alone prints and writes.  Without torchrun there is one rank, and everything her
 """
 
 import os
+import pickle
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Hashable, Mapping
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -62,7 +64,7 @@ def join() -> None:
     signal.set_wakeup_fd(tell)
     threading.Thread(target=end_at_last, args=(told,), daemon=True).start()
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 
 def leave() -> None:
@@ -105,6 +107,18 @@ def is_speaker() -> bool:
         return True
 
 
+def find_device(name: str | None) -> torch.device:
+    """The device of a name; None: a GPU where there is one.  Raises ValueError if there is none."""
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(usual if name is None else name)
+        torch.ones(1, dtype=torch.float64, device=device).cpu()  # what averaging needs
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises each, by device
+        raise ValueError(f"--device {name} cannot be used ({first_line(error)}): "
+                         f"try --device {usual}") from error
+    return torch.device("cpu") if device.type == "cpu" else device  # cpu:0 is the same
+
+
 def share_of_cores(cores: int) -> int:
     """Of the cores of this machine, how many each of its ranks can have."""
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -115,6 +129,23 @@ def own_device(device: str) -> str:
     if count() > 1 and torch.device(device).type == "cuda":
         return f"cuda:{torch.cuda.current_device()}"
     return device
+
+
+def traceback_of(error: BaseException) -> str:
+    """Where an error was raised, on whichever rank that was."""
+    return getattr(error, "traceback", None) or "".join(traceback.format_exception(error))
+
+
+def portable(error: Exception) -> Exception:
+    """An error as other ranks can have it: with its traceback, and of a type that travels."""
+    where = traceback_of(error)
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:  # of a class that cannot be pickled, or not be made again
+        copy = RuntimeError(f"{type(error).__name__}: {error}")
+        copy.__notes__ = getattr(error, "__notes__", [])
+    copy.traceback = where
+    return copy
 
 
 def share_out(costs: Mapping[Hashable, float]) -> dict[Hashable, int]:
@@ -130,8 +161,8 @@ def done_by(rank: int, work: Callable[[], Any], device: str = "cpu") -> Any:
     """What work() returns or raises on one rank, which alone calls it, on all of them.
 
     device: where tensors in it are on this rank
-    Every rank has to call this, in the same order.  Passed on are the errors that run.main expects.
-    Raises ConnectionError if another rank is no longer there.
+    Every rank has to call this, in the same order.  Raises ConnectionError if another rank is no
+    longer there.
     """
     if count() == 1:
         return work()
@@ -142,8 +173,8 @@ def done_by(rank: int, work: Callable[[], Any], device: str = "cpu") -> Any:
             outcome = [on_device(result, "cpu")]
         except ConnectionError:  # told to end while it waited for the work: nobody is there to tell
             raise
-        except (ValueError, OSError, FloatingPointError) as error:
-            outcome = [error]
+        except Exception as error:
+            outcome = [portable(error)]
     try:
         dist.broadcast_object_list(outcome, src=rank)
     except RuntimeError as error:

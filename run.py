@@ -1,6 +1,6 @@
 """Train one federated method on one data set and write what came of it.
 
-    python run.py                                             FedIN on handwritten digits, a minute
+    python run.py                                             FedIN on handwritten digits
     python run.py --method apfl --missing-classes 0.2         AP-FL, one client gone with two digits
     python run.py --resume --out runs/fedin-digits-0          go on where a run was stopped
     python run.py --methods                                   all methods, in a table
@@ -37,11 +37,12 @@ import pictures
 import ranks
 from baselines import (NOT_SAID, By, Client, Experiment, Flag, Method, Result, Task, default_of,
                        typed_as)
-from files import Progress
+from files import METHODS, Progress
 
 # --------------------------------------------------------------------- methods, settings and flags
 
-METHODS = {**baselines.METHODS, **fedin.METHODS, **apfl.METHODS}
+TOTALS = {"upload_mb": 0.0, "download_mb": 0.0, "samples": 0, "clock": 0.0,
+          "training_seconds": 0.0, "seconds": 0.0}  # over all rounds
 SETTINGS = ("quick", "fedin", "apfl")  # a run of a minute on digits, and those of the two papers
 
 
@@ -65,9 +66,9 @@ COMMON = [  # of every method, or of a kind of run; defaults of all may go by th
          FEDERATION, by_setting(0.5, 0.1, 1.0), above=0, high=1, unless=ASYNC),
     Flag("rounds", int, "rounds (AP-FL: not stated); may grow on --resume", FEDERATION,
          by_setting(10, 500, 50), low=1, may_change=True),
-    Flag("local_epochs", int, "of a client, a round", FEDERATION, by_setting(2, 5, 20), low=1),
+    Flag("local_epochs", int, "of a client, a round", FEDERATION, by_setting(1, 5, 20), low=1),
     Flag("batch_size", int, "training images a step", FEDERATION, by_setting(16, 16, 50), low=2),
-    Flag("lr", float, "learning rate, constant", FEDERATION, by_setting(1e-3, 1e-3, 2e-4), above=0),
+    Flag("lr", float, "learning rate, constant", FEDERATION, by_setting(4e-4, 1e-3, 2e-4), above=0),
     Flag("optimizer", str, "new for each update", FEDERATION, "adam", choices=("adam", "sgd")),
     Flag("momentum", float, "of sgd", FEDERATION, 0.0, low=0, high=0.999, when=SGD,
          unless={"method": ["scaffold"]}),
@@ -125,7 +126,7 @@ def read_command_line(argv: list[str] | None) -> dict:
 def parser() -> argparse.ArgumentParser:
     """The command line.  What is not typed is not there: see resolve."""
     top = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], usage="python run.py [--FLAG VALUE ...]",
+        description=(__doc__ or "").split("\n")[0], usage="python run.py [--FLAG VALUE ...]",
         add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog="Defaults go by --setting, "
         "--dataset or --method.  A flag that a run does not read is an error.")
@@ -145,7 +146,9 @@ def parser() -> argparse.ArgumentParser:
         groups[title].add_argument(typed_as(flag.name), dest=flag.name, **options,
                                    help=flag.help + baselines.default_text(flag, METHODS))
     groups[RUN].add_argument("-h", "--help", action="help", help="print this and stop")
-    groups[RUN].add_argument("--methods", action="version", version=methods_table(),
+    rows = pictures.table(baselines.methods_rows(METHODS, FLAGS), (11, 11, 12, 9, 8, 17, 21))
+    notes = [name + said for name, method in METHODS.items() for said in method.instead.values()]
+    groups[RUN].add_argument("--methods", action="version", version="\n".join([rows, *notes]),
                              help="print a table of all methods and stop")
     return top
 
@@ -153,20 +156,6 @@ def parser() -> argparse.ArgumentParser:
 def raise_usage_error(message: str) -> NoReturn:
     """What argparse calls when the command line is wrong; main prints it as one line."""
     raise ValueError(f"{message} (python run.py --help lists all flags)")
-
-
-def methods_table() -> str:
-    """What --methods prints."""
-    rows = [("method", "paper", "a client sends", "it keeps", "--model", "--aggregation",
-             "flags of its own")]
-    for name, method in METHODS.items():
-        own = [typed_as(flag) for flag in method.defaults
-               if FLAGS[flag].default is NOT_SAID and flag != "aggregation"]
-        averages = ", ".join(method.averages) or ("its own" if method.instead else "-")
-        rows.append((name, method.paper, method.sends, method.keeps, method.networks, averages,
-                     " ".join(own) or "-"))
-    return pictures.table(rows, (11, 11, 12, 9, 8, 17, 21)) + "\n" + "\n".join(
-        f"{name}{said}" for name, method in METHODS.items() for said in method.instead.values())
 
 
 # ------------------------------------------------------------------------------ what was asked for
@@ -196,7 +185,7 @@ def resolve(typed: dict) -> dict:
         if reason and name not in fixed:
             settings.pop(name, None)
     check_combination(settings)
-    settings["device"] = str(find_device(settings["device"]))
+    settings["device"] = str(ranks.find_device(settings["device"]))
     if settings["workers"] is None:
         cores = ranks.share_of_cores(num_cores()) if settings["device"] == "cpu" else 1
         settings["workers"] = min(cores, num_participants(settings))
@@ -219,18 +208,6 @@ def check_combination(settings: dict) -> None:
     if settings.get("aggregation") == "async" and len(models.MODELS[settings["model"]]) > 1:
         raise ValueError(f"--aggregation async needs one architecture, not --model "
                          f"{settings['model']}: give --model cnn, or one ResNet")
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device of a name; None: a GPU where there is one.  Raises ValueError if there is none."""
-    usual = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(usual if name is None else name)
-        torch.ones(1, dtype=torch.float64, device=device).cpu()  # what averaging needs
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch raises each, by device
-        raise ValueError(f"--device {name} cannot be used ({data.first_line(error)}): "
-                         f"try --device {usual}") from error
-    return device
 
 
 def num_cores() -> int:
@@ -258,16 +235,26 @@ def settings_to_resume(out: Path, typed: dict) -> dict:
     try:
         needed = resolve({name: settings[name] for name in decisive
                           if settings.get(name) is not None})
-        complete = needed.keys() <= settings.keys() and isinstance(settings["rounds"], int)
-    except (ValueError, KeyError, TypeError):
-        complete = False
-    if not complete:
+        fixed = [pair for flag in FLAGS.values() for decided in flag.decides.values()
+                 for pair in decided.items()]  # which may be none that can be typed
+        sound = all(default is None if settings[name] is None else (name, settings[name]) in fixed
+                    or baselines.is_stored_value(FLAGS[name], settings[name])
+                    for name, default in needed.items())
+    except (ValueError, KeyError, TypeError, OverflowError):
+        sound = False
+    if not sound:
         raise ValueError(f"{out / 'config.json'} is damaged or lacks settings: start anew with "
                          "another --out")
-    files.check_agreement(out, settings, typed, [name for name, flag in FLAGS.items()
-                                                 if flag.may_change])
+    may_change = [name for name, flag in FLAGS.items() if flag.may_change or all(
+        baselines.is_file(flag, one.get(name)) for one in (settings, typed))]  # if it was moved
+    files.check_agreement(out, settings, typed, may_change)
     settings |= typed
-    find_device(settings["device"])
+    for name in ("dataset", "proxy"):
+        file = settings.get(name)
+        if baselines.is_file(FLAGS[name], file) and not Path(file).exists():
+            raise ValueError(f"the run in {out} reads {file}, and there is no such file here: say "
+                             f"by {typed_as(name)} where it is")
+    settings["device"] = str(ranks.find_device(settings["device"]))
     return settings
 
 
@@ -290,14 +277,21 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
     torch.set_num_threads(num_cores())  # of this thread, on any number of ranks, for equal bits
     saved = ranks.done_by(0, partial(files.load_checkpoint, out, device), device)
     experiment = prepare_experiment(settings)
+    if saved is not None:
+        files.check_fits(out, saved, settings["rounds"], pattern_of_progress(experiment))
     progress = saved or first_progress(experiment)
     if progress.round < settings["rounds"]:
         progress = progress._replace(after={})  # of stages after a round that is not the last now
-    if "semantics" in settings and "generator" not in progress.after:
+    renamed = typed.keys() & {"semantics", "word_vectors"}
+    if "semantics" in settings and (renamed or "generator" not in progress.after):
         load_semantics = baselines.filled(generator.load_semantics, settings)
         semantics = ranks.done_by(0, partial(load_semantics, experiment.data.classes))
         experiment = experiment._replace(semantics=semantics.to(device))
-    files.write_config(out, experiment.settings)
+        name = "word_vectors" if settings["semantics"] == "word2vec" else "semantics"
+        if settings["semantics"] not in generator.ENCODERS:  # whose last bits go by the machine
+            found = files.check_same(experiment.settings, {name: data.digest(semantics)})
+            experiment = experiment._replace(settings=experiment.settings | found)
+    files.write_json(out / "config.json", experiment.settings)
     history = ranks.done_by(0, partial(files.metrics_so_far, out, progress, settings))
     describe(experiment, progress.server, out)
     if resume:
@@ -306,10 +300,14 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
 
 
 def settings_of_run(typed: dict, out: Path, resume: bool) -> dict:
-    """The settings of the run in a folder, or of a new one.  Raises ValueError if it has none."""
-    if not resume:
-        files.check_free(out)
-    settings = settings_to_resume(out, typed) if resume else resolve(typed)
+    """Take the folder of a run; its settings, or those of a new one.
+
+    Raises ValueError if there is nothing to be had.
+    """
+    settings = resolve(typed) if not resume else {}
+    files.take(out, resume)
+    if resume:
+        settings = settings_to_resume(out, typed)
     return settings | {"versions": files.versions()}
 
 
@@ -335,7 +333,10 @@ def prepare_experiment(settings: dict) -> Experiment:
 
 
 def shared_data(settings: dict) -> tuple[dict, data.Shared]:
-    """Settings that depend on others or the data, if not typed, and the data, shared out."""
+    """Settings that depend on others or the data, if not typed, and the data, shared out.
+
+    Among them what the networks take in, and digests of what was loaded.
+    """
     loaded = data.load(settings["dataset"], settings.get("data_dir", "data"))
     found = {"finetune_epochs": settings["local_epochs"], "classes_per_client": data.classes_each(
                  len(loaded.classes), settings["missing_classes"]),
@@ -343,20 +344,38 @@ def shared_data(settings: dict) -> tuple[dict, data.Shared]:
     found = {name: value for name, value in found.items() if settings.get(name, value) is None}
     proxy = settings.get("proxy") if settings.get("distillation_steps") else None
     share_out = baselines.filled(data.share_out, settings | found | {"proxy": proxy})
-    return found, share_out(loaded, settings["clients"], settings["seed"])
+    shared = share_out(loaded, settings["clients"], settings["seed"])
+    found["input"] = data.described(shared)
+    digests = {"dataset": loaded.digest}
+    if baselines.is_file(FLAGS["proxy"], proxy):
+        digests["proxy"] = data.digest(shared.proxy)
+    return found | files.check_same(settings, digests), shared
+
+
+def server_architectures(experiment: Experiment) -> list[str]:
+    """Those whose weights the server has: all, or the whole one that the others are cut out of."""
+    archs = experiment.architectures
+    return archs[-1:] if experiment.method.networks == "-widths" else archs
 
 
 def first_progress(experiment: Experiment) -> Progress:
     """The state before round 1: initial weights, nothing done."""
-    settings, archs = experiment.settings, experiment.architectures
-    if experiment.method.networks == "-widths":  # which are cut out of the whole one
-        archs = archs[-1:]
+    settings, archs = experiment.settings, server_architectures(experiment)
     rng = data.torch_stream(settings["seed"], data.INITIAL_WEIGHTS)
     weights = models.initial_weights(archs, *experiment.shape, rng,
                                      torch.device(settings["device"]))
-    totals = {"upload_mb": 0.0, "download_mb": 0.0, "samples": 0, "clock": 0.0,
-              "training_seconds": 0.0, "seconds": 0.0}
-    return Progress(0, experiment.method.init(weights), {}, totals, {}, {})
+    return Progress(0, experiment.method.init(weights), {}, dict(TOTALS), {}, {})
+
+
+def pattern_of_progress(experiment: Experiment) -> Progress:
+    """What progress is like, whatever its round, its tensors without values; see check_fits."""
+    method = experiment.method
+    server = method.init({arch: models.shapes(arch, *experiment.shape)
+                          for arch in server_architectures(experiment)})
+    memory = {}
+    if method.initial_memory is not None:
+        memory = {client.id: method.initial_memory(server, client) for client in experiment.clients}
+    return Progress(0, server, memory, TOTALS, {}, dict.fromkeys(method.stages))
 
 
 def describe(experiment: Experiment, server: dict, out: Path) -> None:
@@ -384,25 +403,11 @@ def describe(experiment: Experiment, server: dict, out: Path) -> None:
         state = models.shapes(arch, *experiment.shape)
         size = sum(tensor.numel() for name, tensor in state.items() if models.is_parameter(name))
         print(f"{arch}: {size:,} parameters, {models.num_bytes(state) / 1e6:.2f} MB with buffers")
-    print(f"traffic: about {expected_traffic(experiment, server):.0f} MB each way a round "
-          f"({method.sends})")
+    traffic = baselines.expected_traffic(experiment, server) * len(draw_participants(experiment, 1))
+    print(f"traffic: about {traffic / 1e6:.0f} MB each way a round ({method.sends})")
     if settings["setting"] != "quick" and settings["device"] == "cpu":
         print("on a CPU the papers' full settings take many hours; --setting quick is a small one")
     print(f"output: {out}\n", flush=True)
-
-
-def expected_traffic(experiment: Experiment, server: dict) -> float:
-    """Megabytes that an average round sends each way, once there are features to send too."""
-    clients, method = experiment.clients, experiment.method
-    first = method.init(server["weights"])  # which has nothing but weights to send yet
-    total = sum(models.num_bytes(method.download(first, client, experiment.stream(0, client.id)))
-                for client in clients) / len(clients)
-    if method.further_traffic is not None:
-        meta = torch.device("meta")
-        net = models.build_empty(clients[0].arch, *experiment.shape, meta).eval()
-        image = torch.empty(1, *experiment.data.x_train.shape[1:], device=meta)
-        total += models.num_bytes(method.further_traffic(net, image))
-    return total * len(draw_participants(experiment, 1)) / 1e6
 
 
 # ---------------------------------------------------------------------------------------- one round
@@ -460,12 +465,12 @@ def train_clients(experiment: Experiment, pool: ThreadPoolExecutor, update: Call
     futures = {task.client.id: pool.submit(train_client, experiment, update, task)
                for task in sorted(tasks, key=lambda task: cost[task.client.id], reverse=True)
                if owner[task.client.id] == ranks.number()}
-    try:
-        return {k: ranks.done_by(owner[k], lambda k=k: futures[k].result(),
-                                 experiment.settings["device"])
-                for k in (pictures.watch(ids, what, "client") if what and ids else ids)}
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{what}, {error}" if what else str(error)) from error
+    results = {}
+    for k in (pictures.watch(ids, what, "client") if what and ids else ids):
+        with files.noted(what), files.noted(f"client {k}"):
+            results[k] = ranks.done_by(owner[k], futures[k].result if k in futures else None,
+                                       experiment.settings["device"])
+    return results
 
 
 def train_client(experiment: Experiment, update: Callable, task: Task) -> Result:
@@ -516,31 +521,21 @@ def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status (README, "When something goes wrong")."""
+    out = None  # until the run has begun
     try:
         ranks.join()
         experiment, progress, history, out = set_up(argv)
-    except (ValueError, OSError) as error:
-        return complain(error, 2)
-    except KeyboardInterrupt:
-        return complain("stopped before the first round", 130)
-    go_on = f"go on with: python run.py --resume --out {out}"
-    try:
         train(experiment, progress, history, out)
         ranks.leave()
-    except FloatingPointError as error:
-        return complain(f"{error}; {out} keeps its last checkpoint", 1)
-    except OSError as error:
-        return complain(f"{error}; mend that, then {go_on} (from the last checkpoint)", 2)
-    except KeyboardInterrupt:
-        return complain(f"stopped; {go_on}", 130)
+    except (Exception, KeyboardInterrupt) as error:
+        speaks = ranks.is_speaker()
+        line, status = files.ending(out, error, speaks)
+        if speaks:
+            print(files.one_line(f"error: {line}"), file=sys.stderr, flush=True)
+        return status
+    finally:
+        files.leave()
     return 0
-
-
-def complain(error: object, status: int) -> int:
-    """Print an error as one line on standard error; returns the exit status."""
-    if ranks.is_speaker():
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    return status
 
 
 def train(experiment: Experiment, progress: Progress, history: list[dict], out: Path) -> None:
@@ -568,12 +563,13 @@ def train(experiment: Experiment, progress: Progress, history: list[dict], out: 
         return
     if curves:
         used = settings["beta"] if settings["beta_on"] == "client" else 1 - settings["beta"]
-        pictures.draw_beta(out / "beta.png", betas, curves, used, title)
+        files.write(out / "beta.png", partial(pictures.draw_beta, betas=betas, curves=curves,
+                                              used=used, title=title))
     result = files.summarise(history, totals | {"seconds": time.perf_counter() - started})
     files.write_json(out / "result.json", result)
-    pictures.draw_curves(out / "curves.png", history, title)
+    files.write(out / "curves.png", partial(pictures.draw_curves, history=history, title=title))
     print(f"\n{pictures.result_text(result)}\nwritten to {out}: "
-          + ", ".join(sorted(path.name for path in out.iterdir())))
+          + ", ".join(sorted({path.name for path in out.iterdir()} - {files.LOCK})))
 
 
 def train_rounds(experiment: Experiment, progress: Progress, history: list[dict],
@@ -588,21 +584,23 @@ def train_rounds(experiment: Experiment, progress: Progress, history: list[dict]
     try:
         for t in range(start + 1, settings["rounds"] + 1):
             round_start = time.perf_counter()
-            try:
+            with files.noted(f"round {t}"):
                 server, memory, figures = one_round(experiment, t, progress.server, progress.memory)
-            except FloatingPointError as error:
-                raise FloatingPointError(f"round {t}, {error}") from error
             seconds = time.perf_counter() - round_start
             models.release_freed_memory()
             totals = {name: value + figures.get(name, 0) for name, value in totals.items()}
             totals["training_seconds"] += seconds
             line = progress.line
             if files.is_evaluated(t, settings):
-                line = {"round": t, **evaluate(experiment, server, memory), **figures,
-                        "clock": totals["clock"], "seconds": round(seconds, 3)}
+                with files.noted(f"round {t}, evaluation"):
+                    line = {"round": t, **evaluate(experiment, server, memory), **figures,
+                            "clock": totals["clock"], "seconds": round(seconds, 3)}
                 files.append_metrics(out / "metrics.jsonl", line)
                 history.append(line)
                 bar.set_postfix_str(f"accuracy {line['accuracy']:.1f} %, loss {line['loss']:.3f}")
+                if files.has_become_absurd(history):
+                    bar.write(f"warning: round {t}: the loss is {line['loss']:.1e}; a smaller --lr "
+                              "may help", file=sys.stdout)
             totals["seconds"] = time.perf_counter() - started
             progress = Progress(t, server, memory, totals, line, {})
             if t % settings["checkpoint_every"] == 0 or t == settings["rounds"]:
@@ -637,14 +635,15 @@ def train_stages(experiment: Experiment, progress: Progress, out: Path) -> Progr
         missing = name == "generator" and (is_new or not (out / "samples.png").exists())
         if missing and ranks.is_first():
             taught = sum(one["class_counts"] for one in progress.server["teachers"].values()) > 0
-            pictures.draw_samples(
-                out / "samples.png", apfl.sample_sheet(experiment, progress.after).cpu(),
-                experiment.data.classes, taught.tolist(),
-                f"synthetic samples, {Path(experiment.settings['dataset']).stem}")
+            files.write(out / "samples.png", partial(
+                pictures.draw_samples, images=apfl.sample_sheet(experiment, progress.after).cpu(),
+                names=experiment.data.classes, seen=taught.tolist(),
+                title=f"synthetic samples, {Path(experiment.settings['dataset']).stem}"))
     return progress
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = pictures.Display(sys.stdout), pictures.Display(sys.stderr)
     exit_status = main()
     sys.stdout.flush()
     os._exit(exit_status)  # at once: a client that still trains after Ctrl-C has nothing to save

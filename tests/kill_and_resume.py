@@ -1,9 +1,10 @@
-"""Kill a run at ten random moments, resume it each time, and compare it with one never stopped.
+"""Kill runs at ten random moments each, resume them, and compare them with runs never stopped.
 
-    python -m tests.kill_and_resume [METHOD [SEED]]     some minutes; not collected by pytest
+    python -m tests.kill_and_resume [METHOD [SEED]]     minutes for each; not collected by pytest
 
-METHOD is fedin (default), apfl (the kills then fall into the stages after the last round too), or
-scaffold, whose clients keep something.
+METHOD is fedin, scaffold (whose clients keep something), apfl (where kills fall into the stages
+after the last round too) or async (where clients are under way between rounds); all four if it is
+left out.
 
 Exits with status 1 if metrics.jsonl or result.json differ in anything but timings.
 """
@@ -23,6 +24,8 @@ FLAGS = {
               "--noise 0.1 --model resnet14").split(),
     "scaffold": ("--method scaffold --train-images 300 --clients 6 --rounds 12 --local-epochs 1 "
                  "--partition iid --model resnet14").split(),
+    "async": ("--method fedavg --aggregation async --train-images 600 --clients 6 --rounds 20 "
+              "--model cnn").split(),
     "apfl": ("--method apfl --train-images 600 --clients 6 --rounds 5 --missing-classes 0.2 "
              "--generator-steps 40 --generator-batch 4 --synthetic-per-class 40").split(),
 }
@@ -78,5 +81,5 @@ def main(flags: list[str], seed: int) -> int:
 
 
 if __name__ == "__main__":
-    method, seed = (*sys.argv[1:], *("fedin", "0")[len(sys.argv) - 1:])
-    sys.exit(main(FLAGS[method], int(seed)))
+    methods, seed = sys.argv[1:2] or list(FLAGS), int((*sys.argv, "0", "0")[2])
+    sys.exit(max([main(FLAGS[method], seed) for method in methods]))
