@@ -1278,8 +1278,7 @@ FEDAVG = Method(
 APFL_SETTINGS = {  # defaults of methods that are in AP-FL's tables alone
     "setting": By("dataset", {"digits": "quick"}, "apfl"),
     **{name: By("setting", {"quick": value}) for name, value in (
-        ("participation", 1.0), ("local_epochs", 5), ("batch_size", 50), ("lr", 1e-3),
-        ("model", "cnn"))}}
+        ("participation", 1.0), ("local_epochs", 5), ("batch_size", 50), ("model", "cnn"))}}
 HETEROFL = FEDAVG._replace(
     paper="Diao et al. 2021", sends="sub-model", init=heterofl_init, download=heterofl_download,
     client_update=heterofl_client_update, server_update=heterofl_server_update,

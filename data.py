@@ -320,16 +320,15 @@ def check_labels(name: str, labels: np.ndarray, count: int) -> None:
 
 
 def class_names(names: np.ndarray) -> list[str]:
-    """Names of any type, bytes too, as text of one line each."""
-    def text(name: object) -> str:
-        if isinstance(name, bytes):
-            try:
-                return name.decode()
-            except UnicodeDecodeError:
-                return name.decode("latin-1")
-        return str(name).encode("utf-8", "replace").decode()
+    """Names of any type, bytes too, as text of one line each.
 
-    return [" ".join(text(name).split()) for name in names.reshape(-1).tolist()]
+    Raises ValueError (of Unicode) for bytes that are none.
+    """
+    def text(name: object) -> str:
+        name = name.decode() if isinstance(name, bytes) else str(name)
+        return " ".join(name.encode("utf-8", "replace").decode().split())
+
+    return [text(name) for name in names.reshape(-1).tolist()]
 
 
 def digest(*arrays: Tensor | np.ndarray | Sequence[str]) -> str:

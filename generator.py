@@ -330,7 +330,8 @@ def read_word_vectors(path: str | None, classes: Sequence[str]) -> np.ndarray:
                 if vector is not None:
                     found[word] = vector
     except FileNotFoundError as error:
-        raise ValueError(f"there is no file {path}: check --word-vectors") from error
+        raise ValueError(f"{path} cannot be read, for there is no such file: check --word-vectors"
+                         ) from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as word vectors ({first_line(error)}): expected "
                          "text lines of a word and its numbers") from error

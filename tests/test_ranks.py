@@ -117,3 +117,21 @@ def test_what_is_wrong_is_said_once(tmp_path):
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] and not (
         tmp_path / "run").exists()
     assert done.stderr.count("error: ") == 1
+
+
+def test_an_error_of_any_class_can_travel():
+    class Odd(Exception):  # cannot be pickled, since it is defined here
+        pass
+
+    class Odder(ValueError):
+        def __init__(self, one, two):
+            super().__init__(one)
+
+    for error in (Odd("a"), Odder("a", 2), KeyError("a")):
+        error.add_note("client 3")
+        try:
+            raise error
+        except Exception as raised:
+            copy = ranks.portable(raised)
+        assert "a" in str(copy) and copy.__notes__ == ["client 3"]
+        assert "test_an_error_of_any_class_can_travel" in ranks.traceback_of(copy)

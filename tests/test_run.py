@@ -103,7 +103,7 @@ def test_defaults_are_fedin_on_digits_and_the_settings_are_the_papers():
             "batch_size": 50, "lr": 2e-4, "alpha": 0.1, "model": "cnn", "eval_every": 1,
             }.items() <= local.items()
     quick = run.resolve({"method": "local"})
-    assert {"participation": 1, "local_epochs": 5, "batch_size": 50, "model": "cnn", "lr": 1e-3,
+    assert {"participation": 1, "local_epochs": 5, "batch_size": 50, "model": "cnn", "lr": 4e-4,
             "rounds": 10}.items() <= quick.items()
     widths = run.resolve({"dataset": "svhn", "method": "fedrolex"})
     assert {"setting": "fedin", "model": "resnet152-widths"}.items() <= widths.items()
@@ -756,7 +756,7 @@ def test_a_row_alone_makes_a_flag(monkeypatch, capsys):
         decides={"": {"lr": 0.25}}))
     assert run.resolve({"method": "fedavg"})["warmth"] == 3
     assert run.resolve({"method": "fedavg", "dataset": "svhn"})["warmth"] == 2
-    assert run.resolve({"method": "fedavg"})["lr"] == 0.001
+    assert run.resolve({"method": "fedavg"})["lr"] == 4e-4
     assert run.resolve({"method": "fedavg", "warmth": 5})["lr"] == 0.25
     assert "warmth" not in run.resolve({"method": "fedprox"})
     for flags, hint in (("fedavg --warmth 10", "--warmth must be at most 9, not '10'"),
