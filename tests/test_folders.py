@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import types
 from pathlib import Path
 
@@ -88,23 +87,19 @@ def test_a_folder_with_spaces_is_quoted_in_the_command_to_type(tmp_path, capsys)
 # ---------------------------------------------------------------------------------- temporary files
 
 def test_processes_that_write_one_cache_at_once_do_not_disturb_each_other(tmp_path):
-    whole = data.load(few_digits())
-    path, failed = tmp_path / "cache.npz", []
-
-    def write():
-        try:
-            for _ in range(20):
-                data.write_npz(path, whole)
-                assert torch.equal(data.read_npz(path).x_train, whole.x_train)
-        except Exception as error:
-            failed.append(error)
-
-    threads = [threading.Thread(target=write) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed and names(tmp_path) == {"cache.npz"}
+    program = f"""
+import sys, pathlib, torch
+sys.path.insert(0, {str(ROOT)!r})
+import data
+whole, path = data.load({few_digits()!r}), pathlib.Path("cache.npz")
+for _ in range(30):
+    data.write_npz(path, whole)
+    assert torch.equal(data.read_npz(path).x_train, whole.x_train)
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path,
+                                  stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[1] for process in processes] == ["", "", ""]
+    assert names(tmp_path) == {"cache.npz"}
 
 
 def test_what_cannot_be_written_leaves_no_temporary_file(tmp_path):
