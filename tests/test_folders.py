@@ -326,7 +326,7 @@ def test_an_unforeseen_error_in_a_client_is_one_line_and_a_log(tmp_path, capsys,
     for error, words in ((RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to "
                                        "allocate 9 bytes"), "fewer --workers"),
                          (KeyError("w"), "KeyError: 'w'; details are in run/error.log"),
-                         (RuntimeError("x" * 5000), "RuntimeError: xxx")):
+                         (RuntimeError("long " * 1000), "RuntimeError: long long")):
         def client_update(*args, error=error, **kwargs):
             raise error
 
