@@ -38,7 +38,7 @@ SERVER_SHARE = 0.1  # of the training images, for each of them where a subset le
 # append new ones, never renumber.
 (SUBSET, PARTITION, TEST_SHARES, INITIAL_WEIGHTS, PARTICIPANTS, SPEEDS, BATCHES, AUGMENTATION,
  FEATURE_BATCH, FEATURE_POOL, NOISE, FEATURE_NOISE, GENERATOR_WEIGHTS, GENERATOR_NOISE, SYNTHETIC,
- FRIEND_BATCHES, RATE, LATENT, PROXY, PROXY_BATCHES) = range(20)
+ FRIEND_BATCHES, RATE, LATENT, PROXY, PROXY_BATCHES, TEST_SUBSET) = range(21)
 
 
 class Dataset(NamedTuple):
@@ -423,10 +423,7 @@ def choose_images(labels: Tensor, seed: int, *, train_images: int | None = None,
     """
     chosen = torch.arange(len(labels))
     if train_images is not None:
-        if train_images > len(labels):
-            raise ValueError(f"--train-images {train_images} is more than the {len(labels)} "
-                             "training images there are")
-        chosen = balanced_subset(labels, train_images, numpy_stream(seed, SUBSET))
+        chosen = balanced_subset(labels, train_images, numpy_stream(seed, SUBSET), "train")
     if proxy is None:
         return chosen, chosen[:0], chosen[:0]
     order = torch.from_numpy(numpy_stream(seed, PROXY).permutation(len(labels)))
@@ -460,8 +457,15 @@ def proxy_images(proxy: str, loaded: Dataset, held_out: Tensor, seed: int) -> Te
     return images
 
 
-def balanced_subset(labels: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-    """Indices (count,) of a random subset with as equal class counts as the labels allow."""
+def balanced_subset(labels: Tensor, count: int, rng: np.random.Generator,
+                    part: str = "train") -> Tensor:
+    """Indices (count,) of a random subset with as equal class counts as the labels allow.
+
+    part: of the data set, "train" or "test".  Raises ValueError if it has fewer images.
+    """
+    if count > len(labels):
+        raise ValueError(f"--{part}-images {count} is more than the {len(labels)} "
+                         f"{'training' if part == 'train' else part} images there are")
     order = rng.permutation(len(labels))
     rank = np.empty(len(labels), dtype=np.int64)  # of an image among those of its class
     shuffled = labels.numpy()[order]
@@ -475,12 +479,14 @@ def balanced_subset(labels: Tensor, count: int, rng: np.random.Generator) -> Ten
 # --------------------------------------------------------------------------------------- partitions
 
 def share_out(whole: Dataset, num_clients: int, seed: int, *, train_images: int | None = None,
-              partition: str = "dirichlet", alpha: float = 0.5, classes_per_client: int = 2,
-              missing_classes: float | None = None, proxy: str | None = None) -> Shared:
+              test_images: int | None = None, partition: str = "dirichlet", alpha: float = 0.5,
+              classes_per_client: int = 2, missing_classes: float | None = None,
+              proxy: str | None = None) -> Shared:
     """Share a data set out among clients, and with proxy images of its own to the server.
 
     train_images, proxy: see choose_images and proxy_images.  The server's images are of classes
         that clients have who take part: nothing of dropout clients' classes may reach it
+    test_images: how many of the test images are used, a class-balanced subset; None: all
     partition: "iid", "dirichlet" (with alpha) or "pathological"
     classes_per_client: of "pathological" and the dropout setting, see classes_each
     missing_classes: AP-FL's dropout setting instead, see partition_dropout; in all others nobody
@@ -491,6 +497,9 @@ def share_out(whole: Dataset, num_clients: int, seed: int, *, train_images: int 
     data = whole
     if len(chosen) < len(whole.y_train):
         data = whole._replace(x_train=whole.x_train[chosen], y_train=whole.y_train[chosen])
+    if test_images is not None:
+        rows = balanced_subset(whole.y_test, test_images, numpy_stream(seed, TEST_SUBSET), "test")
+        data = data._replace(x_test=whole.x_test[rows], y_test=whole.y_test[rows])
     labels = data.y_train
     if len(labels) < 2 * num_clients:
         raise ValueError(f"{len(labels)} training images cannot give each of {num_clients} clients "

@@ -16,7 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 SHEET_ROWS = 26  # classes in a column of a sheet of samples
+PANELS = 4  # beside each other
 DPI = 120
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and
+# Ito's, which the colour-blind can tell apart; with LINES and MARKERS for twice as many methods
+LINES, MARKERS = ("-", "--"), "os^Dv<>"
+
+Line = tuple[Sequence, Sequence[float], Sequence[float] | None]  # x, y, and its deviation, if any
 
 # ----------------------------------------------------------------------------------------- pictures
 
@@ -117,6 +123,145 @@ def draw_beta(path: Path | BinaryIO, betas: Sequence[float],
     axes.legend()
     axes.grid(alpha=0.3)
     save(figure, path)
+
+
+def panels(figure, names: Sequence[str], columns: int = PANELS, **shared: object) -> dict:
+    """Axes by name, so many in a line, each with its name above it."""
+    columns = min(columns, len(names))
+    grid = figure.subplots(-(-len(names) // columns), columns, squeeze=False, **shared).flatten()
+    for axes in grid[len(names):]:
+        axes.remove()
+    for name, axes in zip(names, grid):
+        axes.set_title(name, fontsize="medium", parse_math=False)
+    return dict(zip(names, grid))
+
+
+def finish(figure, path: Path | BinaryIO, title: str, place: str | None = None) -> None:
+    """Add a title and one legend for all panels, and save.  place: of the legend, None: none"""
+    found = {name: handle for axes in figure.axes
+             for handle, name in zip(*axes.get_legend_handles_labels())}
+    if place is not None and len(found) > 1:
+        beside = {"ncols": len(found)} if "lower" in place else {}
+        figure.legend(found.values(), found.keys(), loc=place, **beside)
+    width = int(11 * figure.get_figwidth())  # letters that fit
+    figure.suptitle(textwrap.fill(title, width), parse_math=False)
+    save(figure, path)
+
+
+def draw_numbers(path: Path | BinaryIO, numbers: Mapping[str, Mapping[str, tuple]], label: str,
+                 title: str) -> None:
+    """A panel a column of a table, a line a row of it, with the paper's number and ours.
+
+    numbers: column -> row -> (the paper's or None, our mean or None, our deviation or None)
+    label: what the numbers are
+    """
+    rows = list(dict.fromkeys(row for column in numbers.values() for row in column))
+    lines = -(-len(numbers) // PANELS)
+    figure = new_figure(2.2 + 2.2 * min(PANELS, len(numbers)), 1.2 + lines * (0.6 + 0.2 * len(rows)))
+    for column, axes in panels(figure, list(numbers), sharey=True).items():
+        for place, row in enumerate(rows):
+            paper, mean, deviation = numbers[column].get(row, (None, None, None))
+            if paper is not None:
+                axes.plot(paper, place, "D", color=COLOURS[1], fillstyle="none", label="paper")
+            if mean is not None:
+                axes.errorbar(mean, place, xerr=deviation, fmt="o", color=COLOURS[0], capsize=3,
+                              label="ours")
+        axes.set_yticks(range(len(rows)), rows, parse_math=False)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.grid(alpha=0.3)
+    figure.supxlabel(label)
+    finish(figure, path, title, "outside lower right")
+
+
+def draw_lines(path: Path | BinaryIO, lines: Mapping[str, Mapping[str, Line]], labels: tuple,
+               title: str, *, ends: Mapping[tuple[str, str], float] = {},
+               targets: Mapping[str, float] = {}) -> None:
+    """A panel with several lines each: panel -> line -> x, y and deviation, a band.
+
+    labels: of the axes.  x may be words, which then stand at equal distances
+    ends: (panel, line) -> a value that it jumps to at the end, a star;  targets: panel -> a level
+    """
+    names = list(dict.fromkeys(name for panel in lines.values() for name in panel))
+    figure = new_figure(2.4 + 3.4 * min(PANELS, len(lines)), 3.4 * -(-len(lines) // PANELS))
+    for panel, axes in panels(figure, list(lines)).items():
+        for name, (x, y, deviation) in lines[panel].items():
+            number = names.index(name)
+            style = {"color": COLOURS[number % len(COLOURS)],
+                     "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
+            at = range(len(x)) if isinstance(x[0], str) else x
+            axes.plot(at, y, marker=MARKERS[number % len(MARKERS)], markersize=4,
+                      fillstyle="none" if number >= len(COLOURS) else "full", label=name, **style)
+            if at is not x:
+                axes.set_xticks(at, x, parse_math=False)
+            if deviation is not None:
+                low, high = (np.add(y, sign * np.asarray(deviation)) for sign in (-1, 1))
+                axes.fill_between(at, low, high, color=style["color"], alpha=0.12, linewidth=0)
+            if (panel, name) in ends:
+                axes.plot(at[-1], ends[panel, name], "*", markersize=11, color=style["color"])
+        if panel in targets:
+            axes.axhline(targets[panel], color="gray", linestyle=":", label="target")
+            if all(isinstance(value, int) for value in x):
+                axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+        axes.grid(alpha=0.3)
+    finish(figure, path, title, "outside right")
+
+
+def draw_maps(path: Path | BinaryIO, maps: Mapping[str, Tensor], names: Sequence[str], label: str,
+              title: str, *, columns: int = PANELS,
+              limits: tuple[float, float] | None = None) -> None:
+    """Matrices as colours, a panel each: a row and a column a client for CKA.
+
+    names: of the rows;  label: of the colours;  columns: panels beside each other
+    limits: values of the lowest and the highest colour, else the least and the greatest
+    """
+    low, high = limits or (min(float(each.min()) for each in maps.values()), max(
+        float(each.max()) for each in maps.values()))
+    columns = min(columns, len(maps))
+    figure = new_figure(2 + 3 * columns, 0.6 + 3 * -(-len(maps) // columns))
+    axes_of = panels(figure, list(maps), columns)
+    for name, axes in axes_of.items():
+        shown = axes.imshow(maps[name].numpy(), vmin=low, vmax=high, cmap="viridis", aspect="auto")
+        axes.set_yticks(range(len(names)), names, fontsize="x-small", parse_math=False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(shown, ax=list(axes_of.values()), label=label)
+    finish(figure, path, title)
+
+
+def draw_points(path: Path | BinaryIO, points: Mapping[str, Mapping[str, Tensor]],
+                title: str) -> None:
+    """Points in the plane, whose axes mean nothing: panel -> kind -> (N, 2)."""
+    figure = new_figure(1.6 + 3 * min(PANELS, len(points)), 0.8 + 3 * -(-len(points) // PANELS))
+    for panel, axes in panels(figure, list(points)).items():
+        for number, (kind, at) in enumerate(points[panel].items()):
+            axes.scatter(*at.T.numpy(), s=10, marker=MARKERS[number % len(MARKERS)],
+                         color=COLOURS[number % len(COLOURS)], label=kind, alpha=0.7, linewidths=0)
+        axes.set(xticks=[], yticks=[])
+    finish(figure, path, title, "outside right")
+
+
+def draw_reconstruction(path: Path | BinaryIO, images: Mapping[str, Tensor],
+                        losses: Mapping[str, Sequence[float]], title: str) -> None:
+    """Rows of images (N, C, H, W) uint8 by what they are, below losses against steps, if any."""
+    figure = new_figure(8, 0.8 + 0.9 * len(images) + (2.6 if losses else 0))
+    above, below = figure.subfigures(2, 1, height_ratios=[2.6 if losses else 0.01,
+                                                          0.9 * len(images)])
+    if losses:
+        axes = above.subplots()
+        for number, (name, values) in enumerate(losses.items()):
+            axes.plot(values, color=COLOURS[number], linestyle=LINES[number % len(LINES)],
+                      label=name)
+        axes.set(xlabel="step of the attacker's optimiser", ylabel="mean squared error",
+                 yscale="log")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    strips = [part.permute(2, 0, 3, 1).flatten(1, 2).squeeze(-1).numpy()
+              for part in images.values()]
+    for name, strip, axes in zip(images, strips, below.subplots(len(images), 1, squeeze=False)[:, 0]):
+        axes.imshow(strip, cmap="gray", vmin=0, vmax=255, aspect="auto")
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", parse_math=False)
+    finish(figure, path, title)
 
 
 # ------------------------------------------------------------------------------------- the terminal

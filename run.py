@@ -89,6 +89,7 @@ COMMON = [  # of every method, or of a kind of run; defaults of all may go by th
     Flag("eval_every", int, "rounds between evaluations; the last one always has one", FEDERATION,
          by_setting(1, 5, 1), low=1),
     Flag("train_images", int, "so many of them, class-balanced", DATA, None, low=1),
+    Flag("test_images", int, "likewise; evaluation is faster then", DATA, None, low=1),
     Flag("partition", str, "how the training images are split among the clients; dirichlet gives "
          "each at least ten", DATA, "dirichlet", choices=("iid", "dirichlet", "pathological")),
     Flag("alpha", float, "of --partition dirichlet, smaller is more skewed (AP-FL: 0.01 to 0.1)",
@@ -225,9 +226,9 @@ def settings_to_resume(out: Path, typed: dict) -> dict:
 
     Raises ValueError if there is none, or if something typed differs from it and may not.
     """
-    # A switch that the version before did not have was off.
+    # What the versions before did not have was off.
     settings = {name: False for name, flag in FLAGS.items() if flag.kind is bool and flag.kept}
-    settings |= files.read_config(out)
+    settings |= {"test_images": None} | files.read_config(out)
     decisive = {"method", "model", "missing_classes"}  # of which other settings there are
     decisive |= {name for flag in FLAGS.values() for name in (*flag.when, *flag.unless)}
     if settings.get("missing_classes"):

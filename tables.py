@@ -1,0 +1,1204 @@
+"""Make the papers' tables and figures, each from one command.
+
+    python tables.py --list                         what there is, its runs, and how long they take
+    python tables.py fedin-1 --scale small          FedIN, Table 1
+    python tables.py all --scale smoke              everything, tiny: to see that it works
+
+For each, Markdown, CSV and a picture go to results/SCALE: the paper's number, ours over the seeds,
+and whether methods come in the same order.  Runs lie in runs/tables; what came of a finished one is
+a line of results/SCALE/runs.jsonl and is never run again, and one that was stopped goes on.
+
+Reads from top to bottom: scales; the runs of each table, in plain lists of run.py's flags to change
+as you like; data; running what is missing; putting numbers together; the analyses; main().  The
+papers' numbers are in results/papers.csv.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import platform
+import re
+import resource
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
+from functools import cache, partial
+from multiprocessing.connection import wait as wait_for_any
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import analysis
+import apfl
+import baselines
+import data
+import fedin
+import files
+import generator
+import models
+import pictures
+import run
+
+RUNS, RESULTS = Path("runs/tables"), Path("results")
+PAPERS = Path(__file__).with_name("results") / "papers.csv"
+
+# ------------------------------------------------------------------------------------------- scales
+
+# What a scale sets besides --setting fedin or apfl.  A method reads of it what it has.
+SMOKE = {"rounds": 2, "local_epochs": 1, "test_images": 60, "eval_every": 1, "checkpoint_every": 2}
+SCALES = {
+    "smoke": {
+        "fedin": SMOKE | {"clients": 8, "participation": 0.25, "train_images": 160},
+        "apfl": SMOKE | {"train_images": 400, "generator_steps": 3, "generator_batch": 2,
+                         "synthetic_per_class": 4, "friend_epochs": 1, "distillation_steps": 5}},
+    "small": {
+        "fedin": {"clients": 20, "participation": 0.25, "rounds": 20, "local_epochs": 1,
+                  "train_images": 5000, "test_images": 1000, "eval_every": 4},
+        "apfl": {"rounds": 10, "local_epochs": 2, "train_images": 5000, "test_images": 1000,
+                 "eval_every": 2, "generator_steps": 60, "generator_batch": 10,
+                 "synthetic_per_class": 100, "friend_epochs": 3, "distillation_steps": 100}},
+    "paper": {"fedin": {"eval_every": 1}, "apfl": {}},
+}
+SEEDS = {"smoke": 1, "small": 3, "paper": 3}
+WIDTHS = {"smoke": "resnet18-widths", "small": "resnet18-widths", "paper": "resnet152-widths"}
+CLIENTS = {  # FedIN's Table 5: how many there are for the paper's numbers
+    "smoke": {10: 5, 20: 6, 50: 7, 100: 8, 200: 9},
+    "small": {10: 5, 20: 8, 50: 12, 100: 20, 200: 40},
+    "paper": {10: 10, 20: 20, 50: 50, 100: 100, 200: 200}}
+SAMPLES = {  # AP-FL's Fig. 5: synthetic samples a class of a friend model
+    "smoke": (2, 4, 8), "small": (10, 30, 100, 200), "paper": (50, 200, 400, 600, 800, 1000)}
+ATTACK_STEPS = {"smoke": 50, "small": 5000, "paper": 100_000}  # the paper's Fig. 10: a million
+LOOKED_AT = 2000  # test images that representations are compared on, at most
+
+# ---------------------------------------------------------------------------- the runs of each table
+
+
+class Cell(NamedTuple):
+    """A place in a table: what run.py is told, scale and seed apart, and which result stands there."""
+
+    flags: Mapping[str, Any]
+    value: str = "accuracy"  # of result.json
+
+
+Cells = Mapping[tuple[str, str], Cell]  # (row, column) -> cell
+Values = dict[tuple[str, str], list]  # (row, column) -> a value a seed, None where there is none
+
+
+class Table(NamedTuple):
+    """A table or figure of a paper."""
+
+    title: str
+    cells: Cells
+    measure: Callable  # (table, found, scale) -> Values and what draw needs besides
+    draw: Callable  # (path, table, values, papers, extra, title)
+    networks: bool = False  # whether measure needs trained networks, so the runs' folders: one seed
+
+
+SETS = {"Fashion-MNIST": "fashionmnist", "SVHN": "svhn", "CIFAR-10": "cifar10",
+        "CIFAR-100": "cifar100", "EMNIST": "emnist"}
+SPLITS = {"IID": {"partition": "iid"}, "Non-IID": {"partition": "dirichlet", "alpha": 0.5}}
+TARGETS = {"Fashion-MNIST": 85, "SVHN": 80, "CIFAR-10": 60}  # FedIN, Table 1
+LEVELS = (0, 0.1, 0.2, 0.5, 0.8, 1, 2, 3, 5)  # FedIN, Table 6
+FEATURES = (8, 16, 32, 64, 128)  # FedIN, Fig. 6c
+BATCHES = (1, 2, 3, 4, 5)  # FedIN, Fig. 6d, whose axis is not readable in our copy
+NOISE_DIMS = (20, 100, 400, 512)  # AP-FL, Fig. 5
+
+
+def fedin_methods(scale: str) -> dict[str, dict]:
+    """Rows of FedIN's Table 1: method -> its flags."""
+    widths = {"model": WIDTHS[scale]}
+    return {"FedAvg": {"method": "fedavg"}, "FedProx": {"method": "fedprox"},
+            "Scaffold": {"method": "scaffold"}, "FedNova": {"method": "fednova"},
+            "MOON": {"method": "moon"}, "HeteroFL": {"method": "heterofl", **widths},
+            "InclusiveFL": {"method": "inclusivefl"}, "FedRolex": {"method": "fedrolex", **widths},
+            "ScaleFL": {"method": "scalefl", **widths}, "InCoAvg": {"method": "inco"},
+            "FedIN": {"method": "fedin"}, "FedIN (+Noise)": {"method": "fedin", "noise": 0.8}}
+
+
+ABLATIONS = {"FedAvg": {"method": "fedavg"}, "FedIN w/o IN": {"method": "fedin", "ablate": ["in"]},
+             "FedIN w/o Prox": {"method": "fedin", "ablate": ["prox"]},
+             "FedIN w/o Opt": {"method": "fedin", "ablate": ["opt"]}, "FedIN": {"method": "fedin"}}
+APFL_METHODS = {  # AP-FL's rounds are FedAvg's to the last bit, so FedAvg needs no run of its own
+    "Local": Cell({"method": "local"}), "FedAvg": Cell({"method": "apfl"}, "global_accuracy"),
+    "FedProx": Cell({"method": "fedprox"}), "SCAFFOLD": Cell({"method": "scaffold"}),
+    "FedGen": Cell({"method": "fedgen"}), "FedDF": Cell({"method": "feddf"}),
+    "AP-FL": Cell({"method": "apfl"})}
+
+
+def cells(setting: str, rows: Mapping[str, Mapping | Cell], columns: Mapping[str, Mapping]) -> Cells:
+    """Each row's flags with each column's, in a setting."""
+    made = {}
+    for row, given in rows.items():
+        cell = given if isinstance(given, Cell) else Cell(given)
+        for column, flags in columns.items():
+            made[row, column] = cell._replace(flags={"setting": setting, **cell.flags, **flags})
+    return made
+
+
+def columns_of(names: Sequence[str], splits: Mapping[str, Mapping] = SPLITS) -> dict[str, dict]:
+    """"CIFAR-10, IID" and so on -> flags."""
+    return {f"{name}, {split}": {"dataset": SETS[name], **flags}
+            for name in names for split, flags in splits.items()}
+
+
+def fedin_tables(scale: str) -> dict[str, Table]:
+    """FedIN's Tables 1 to 6, and one of all methods in its setting."""
+    methods, sets = fedin_methods(scale), list(SETS)[:3]
+    cifar, non_iid = columns_of(["CIFAR-10"]), {"Non-IID": SPLITS["Non-IID"]}
+
+    def several(names: str, **flags: Any) -> dict[str, dict]:
+        return {name: methods[name] | flags for name in names.split(", ")}
+
+    counts = {f"{split}, {count} clients": {"dataset": "cifar10", "clients": own, **flags}
+              for split, flags in SPLITS.items() for count, own in CLIENTS[scale].items()}
+    apart = several("FedAvg, FedProx, Scaffold, FedNova, MOON", aggregation="per-architecture")
+    apart |= several("InclusiveFL") | several("FedIN", aggregation="per-architecture")
+    noise = {f"noise {level:g}": {"method": "fedin", "noise": level} for level in LEVELS}
+    ours = {"Local": {"method": "local"}, **methods, **{f"{name}, CNN": {
+        "method": name.lower(), "model": "cnn"} for name in ("FedAvg", "FedGen", "FedDF")}}
+    return {
+        "fedin-1": Table("FedIN, Table 1: accuracy, %; rounds to the target in non-IID, and how "
+                         "many times fewer than FedAvg", cells("fedin", methods, columns_of(sets)),
+                         with_rounds, numbers),
+        "fedin-2a": Table("FedIN, Table 2a: accuracy, %, where all clients have ResNet18", cells(
+            "fedin", several("FedProx, Scaffold, FedNova, MOON, FedIN", model="resnet18"), cifar),
+            final, numbers),
+        "fedin-2b": Table("FedIN, Table 2b: accuracy, %, without one part or another",
+                          cells("fedin", ABLATIONS, cifar), final, numbers),
+        "fedin-3": Table("FedIN, Table 3: accuracy, %, averages within each architecture alone",
+                         cells("fedin", apart, columns_of(["Fashion-MNIST"])), final, numbers),
+        "fedin-4": Table("FedIN, Table 4: what a method costs", cells(
+            "fedin", several("FedAvg, Scaffold, MOON, HeteroFL, FedRolex, FedIN"),
+            columns_of(["CIFAR-10"], non_iid)), overheads, numbers),
+        "fedin-5": Table("FedIN, Table 5: accuracy, %, by the number of clients, CIFAR-10", cells(
+            "fedin", several("FedAvg, InclusiveFL, FedIN"), counts), final, numbers),
+        "fedin-6": Table("FedIN, Table 6: accuracy, %, by the noise on the features, non-IID",
+                         cells("fedin", noise, {name: {"dataset": SETS[name], **SPLITS["Non-IID"]}
+                                                for name in sets}), final, numbers),
+        "methods": Table("Every method in FedIN's setting: accuracy, %, non-IID", cells(
+            "fedin", ours, columns_of(["CIFAR-10", "Fashion-MNIST"], non_iid)), final, numbers)}
+
+
+def fedin_figures(scale: str) -> dict[str, Table]:
+    """FedIN's figures with anything measured in them: 3 to 10."""
+    methods = fedin_methods(scale)
+    three = {name: methods[name] for name in ("FedAvg", "InclusiveFL", "FedIN")}
+    non_iid = columns_of(["CIFAR-10"], {"Non-IID": SPLITS["Non-IID"]})
+    some = {name: cells("fedin", {name: three[name]}, non_iid) for name in three}
+    ((_, skewed),) = non_iid.items()
+    sizes = {str(size): skewed | {"feature_batch_size": size} for size in FEATURES}
+    batches = {str(count): skewed | {"feature_batches": count} for count in BATCHES}
+    own = {"FedIN": methods["FedIN"]}
+    return {
+        "fedin-fig3": Table("FedIN, Fig. 3: features s_out of five architectures, t-SNE; after "
+                            "local training in FedAvg", some["FedAvg"],
+                            scattered_architectures, points, networks=True),
+        "fedin-fig4": Table("FedIN, Fig. 4: images reconstructed from features", some["FedIN"],
+                            attacked, partial(reconstructed, False), networks=True),
+        "fedin-fig5": Table("FedIN, Fig. 5: smoothed accuracy, non-IID CIFAR-10",
+                            cells("fedin", methods, non_iid), over_rounds, curves),
+        "fedin-fig6ab": Table("FedIN, Fig. 6a and 6b: mean CKA between clients, by stage", cells(
+            "fedin", three, columns_of(["CIFAR-10"])), similarity, stage_lines, networks=True),
+        "fedin-fig6c": Table("FedIN, Fig. 6c: accuracy, %, by |S|, non-IID CIFAR-10", cells(
+            "fedin", own, sizes), final, partial(sweep, "features in a batch, |S|")),
+        "fedin-fig6d": Table("FedIN, Fig. 6d: accuracy, %, by the number of batches, non-IID "
+                             "CIFAR-10", cells("fedin", own, batches), final,
+                             partial(sweep, "batches of features")),
+        "fedin-fig7": Table("FedIN, Fig. 7: CKA between clients, stages 2 and 3, non-IID CIFAR-10",
+                            cells("fedin", three, non_iid), similarity, maps, networks=True),
+        "fedin-fig8": Table("FedIN, Fig. 8: stage 3 features of one class, t-SNE, non-IID CIFAR-10",
+                            cells("fedin", three, non_iid), scattered_clients, points,
+                            networks=True),
+        "fedin-fig9": Table("FedIN, Fig. 9: smoothed accuracy, ablations, non-IID CIFAR-10",
+                            cells("fedin", ABLATIONS, non_iid), over_rounds, curves),
+        "fedin-fig10": Table("FedIN, Fig. 10: reconstruction from features, with and without noise",
+                             some["FedIN"], attacked, partial(reconstructed, True), networks=True)}
+
+
+def apfl_tables(scale: str) -> dict[str, Table]:
+    """AP-FL's tables and those of its figures with anything measured in them."""
+    sets = ["CIFAR-10", "CIFAR-100", "EMNIST", "Fashion-MNIST"]
+    skewed = {f"{clients} clients, alpha {alpha:g}": {"clients": clients, "alpha": alpha}
+              for clients in (5, 10) for alpha in (0.01, 0.05, 0.1)}
+    mild = {name: split for name, split in skewed.items() if split["alpha"] == 0.1}
+    missing = {f"{percent} % missing": {"missing_classes": percent / 100} for percent in (10, 20)}
+    late = {  # FedAvg-FT does what AP-FL's dropouts do before there is a generator
+        "Local": Cell({"method": "local"}, "dropout_accuracy"),
+        "FedAvg-FT": Cell({"method": "apfl"}, "dropout_client_accuracy"),
+        "AP-FL": Cell({"method": "apfl"}, "dropout_personalised_accuracy")}
+    friends = {mean: {name: Cell({"method": "apfl", "semantics": encoder, "missing_classes": 0.2},
+                                 f"{whose}friend_personal_accuracy") for name, encoder in
+                      (("word2vec", "word2vec"), ("BERT", "bert"), ("CLIP", "clip"))}
+               for mean, whose in (("A_n", ""), ("A_d", "dropout_"))}
+    semantics = {key: cell for mean, rows in friends.items() for key, cell in cells(
+        "apfl", rows, columns_of(sets, {mean: {}})).items()}
+    swept = {name: Cell({"method": "apfl", "dataset": SETS[name], "clients": 10, "alpha": 0.1},
+                        "friend_accuracy") for name in ("CIFAR-10", "EMNIST", "Fashion-MNIST")}
+    dims = {str(dim): {"noise_dim": dim} for dim in NOISE_DIMS}
+    samples = {str(count): {"synthetic_per_class": count} for count in SAMPLES[scale]}
+    four = {name: {"dataset": SETS[name], "clients": 5, "alpha": alpha}
+            for name, alpha in zip(sets, (0.01, 0.05, 0.1, 0.1))}
+    return {
+        "apfl-1": Table("AP-FL, Table 1: classes of each client in the dropout setting", {},
+                        dealt_classes, classes_held),
+        "apfl-2": Table("AP-FL, Table 2: accuracy on the whole test set, %", cells(
+            "apfl", APFL_METHODS, columns_of(sets[:3], skewed) | columns_of(sets[3:], mild)),
+            final, numbers),
+        "apfl-3": Table("AP-FL, Table 3: accuracy of the dropout client on the whole test set, %",
+                        cells("apfl", late, columns_of(sets, missing)), final, numbers),
+        "apfl-4": Table("AP-FL, Table 4: accuracy of friend models on clients' own shares of the "
+                        "test set, %; A_n: clients that took part, A_d: the dropout client",
+                        semantics, final, numbers),
+        "apfl-fig4": Table("AP-FL, Fig. 4: accuracy over rounds, five clients; star: AP-FL's "
+                           "personalised models", cells("apfl", APFL_METHODS, four), over_rounds,
+                           curves),
+        "apfl-fig5a": Table("AP-FL, Fig. 5: friend models' accuracy, %, by the length of the noise",
+                            cells("apfl", swept, dims), final, partial(sweep, "length of z")),
+        "apfl-fig5b": Table("AP-FL, Fig. 5: friend models' accuracy, %, by the number of samples",
+                            cells("apfl", swept, samples), final,
+                            partial(sweep, "synthetic samples a class"))}
+
+
+def all_tables(scale: str) -> dict[str, Table]:
+    """Name -> what there is to make.  (The papers' other figures are drawings.)"""
+    return fedin_tables(scale) | fedin_figures(scale) | apfl_tables(scale)
+
+
+# --------------------------------------------------------------------------------------------- data
+
+class Place(NamedTuple):
+    """Where a command works."""
+
+    scale: str
+    seeds: int
+    jobs: int
+    data_dir: str
+    command: str  # as it was typed
+    only: Sequence[str] = ()  # words of which a row or column has to have one to be run
+
+    @property
+    def results(self) -> Path:
+        return RESULTS / self.scale
+
+
+FULL = {"digits": (1437, 360), "svhn": (73257, 26032), "cifar10": (50000, 10000),
+        "cifar100": (50000, 10000), "emnist": (124800, 20800), "fashionmnist": (60000, 10000)}
+COLOURED = {"svhn", "cifar10", "cifar100"}
+
+
+def typed(cell: Cell, place: Place, seed: int) -> dict:
+    """What a cell's run is told: flag -> value."""
+    flags = dict(cell.flags)
+    known = {flag.name for flag in run.COMMON} | run.METHODS[flags["method"]].defaults.keys()
+    scaled = {name: value for name, value in SCALES[place.scale][flags["setting"]].items()
+              if name in known}
+    name, flags["dataset"] = flags["dataset"], dataset(flags["dataset"], place)
+    if flags["method"] == "apfl":
+        flags["semantics"] = embeddings(flags.get("semantics"), name, place)
+    if flags["dataset"] in data.DOWNLOADED or flags.get("semantics") in generator.ENCODERS:
+        flags["data_dir"] = place.data_dir
+    return {**scaled, **flags, "seed": seed}
+
+
+def dataset(name: str, place: Place) -> str:
+    """What stands for a data set: itself, but at the scale of smoke something small.
+
+    That is digits for gray sets of ten classes (and SVHN), and for others random images where the
+    set is not there: nothing is downloaded.
+    """
+    if place.scale != "smoke" or (Path(place.data_dir) / f"{name}-32x32.npz").exists():
+        return name
+    if name in ("fashionmnist", "svhn"):
+        return "digits"
+    path = RUNS / "smoke" / f"random-{name}.npz"
+    if not path.exists():
+        classes = {"cifar10": 10, "cifar100": 100, "emnist": 26}[name]
+        rng = np.random.default_rng(classes)
+        shape = (32, 32, 3) if name in COLOURED else (32, 32)
+        looks = rng.integers(256, size=(classes, *shape))  # of a class, so that there is something
+
+        def images(count: int) -> dict[str, np.ndarray]:
+            labels = np.arange(count) % classes
+            noisy = looks[labels] / 2 + rng.integers(128, size=(count, *shape))
+            return {"x": noisy.astype(np.uint8), "y": labels}
+
+        parts = {f"{key}_{part}": array for part, count in (("train", 1000), ("test", 200))
+                 for key, array in images(count).items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.write_atomically(path, lambda file: np.savez(file, **parts))
+    return str(path)
+
+
+def embeddings(encoder: str | None, name: str, place: Place) -> str:
+    """What stands for an encoder's embeddings of a data set's classes, for --semantics.
+
+    encoder: None: CLIP, or word vectors where their file is there and none of CLIP's
+    A file ENCODER-DATASET.npz in --data-dir with classes and embeddings goes before the encoder;
+    at the scale of smoke random ones, one a class, if there is none.
+    """
+    for choice in [encoder] if encoder else ["clip", "word2vec"]:
+        path = Path(place.data_dir) / f"{choice}-{name}.npz"
+        if path.exists() and dataset(name, place) == name:
+            return str(path)
+    if place.scale != "smoke":
+        return encoder or "clip"
+    path = RUNS / "smoke" / f"random-{encoder or 'clip'}-{name}.npz"
+    if not path.exists():
+        names = data.load(dataset(name, place), place.data_dir).classes
+        rng = np.random.default_rng([len(encoder or "clip"), len(names)])
+        vectors = rng.normal(size=(len(names), 16))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.write_atomically(path, lambda file: np.savez(file, classes=names, embeddings=vectors))
+    return str(path)
+
+
+def stand_ins(table: Table, place: Place) -> list[str]:
+    """What is not what the paper has, in sentences."""
+    said = {}
+    for cell in table.cells.values():
+        flags, used = cell.flags, typed(cell, place, 0)
+        if used["dataset"] != flags["dataset"]:
+            what = Path(used["dataset"]).stem.replace("random-", "random images in place of ")
+            said[f"{flags['dataset']} is {what}"] = None
+        if "semantics" in used and used["semantics"] != flags.get("semantics", "clip"):
+            said[f"embeddings of {flags['dataset']}: {Path(used['semantics']).stem}"] = None
+    return list(said)
+
+
+# --------------------------------------------------------------------------- running what is missing
+
+MACHINE = ("device", "workers", "threads", "data_dir", "checkpoint_every")  # of no account
+STAGES = {  # flags of AP-FL -> the first stage after the rounds that they have a part in
+    **dict.fromkeys(("semantics", "word_vectors", "teacher", "distance", "lambda", "noise_dim",
+                     "generator_steps", "generator_batch"), "generator"),
+    **dict.fromkeys(("friend_labels", "synthetic_per_class", "friend_epochs"), "friends"),
+    **dict.fromkeys(("beta", "beta_on"), "end")}
+
+
+class Job(NamedTuple):
+    """A run that a table needs."""
+
+    settings: dict  # as run.py resolves what is typed
+    typed: dict
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @property
+    def rounds(self) -> str:
+        """What its rounds are; equal ones need not be run twice."""
+        return digest({name: value for name, value in self.settings.items() if name not in STAGES})
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Of settings that say what comes of a run: ten hexadecimal digits."""
+    said = {name: Path(value).name if isinstance(value, str) else value
+            for name, value in settings.items() if name not in MACHINE}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def job_of(cell: Cell, place: Place, seed: int) -> Job:
+    """The run of a cell."""
+    told = typed(cell, place, seed)
+    settings = run.resolve(told)
+    name = f"{settings['method']}-{Path(settings['dataset']).stem}-{seed}-{digest(settings)}"
+    return Job(settings, told, RUNS / place.scale / name)
+
+
+def command_line(told: Mapping[str, Any]) -> list[str]:
+    """Flags and values as they are typed."""
+    words = []
+    for name, value in told.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words += [baselines.typed_as(name), *map(str, values)]
+    return words
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "result.json").exists() and (folder / "checkpoint.pt").exists()
+
+
+def arguments(job: Job, known: Sequence[Job]) -> list[str]:
+    """What to tell run.py: to begin, or to go on with what is there.
+
+    known: other runs, of whose rounds a new one may begin if they are the same
+    """
+    if not (job.folder / "config.json").exists():
+        others = (other for other in known if other.rounds == job.rounds and other.id != job.id
+                  and is_finished(other.folder))
+        other = next(others, None)
+        if job.settings["method"] != "apfl" or other is None:
+            return [*command_line(job.typed), "--out", str(job.folder)]
+        begin_after_rounds(job, other)
+    moved = {name: job.typed[name] for name in ("data_dir",) if name in job.typed}
+    return ["--resume", "--out", str(job.folder), *command_line(moved)]
+
+
+def begin_after_rounds(job: Job, other: Job) -> None:
+    """Make the folder of a run that begins where the rounds of another end, whose it shares.
+
+    Stages that the two have in common are taken over too.
+    """
+    before = files.read_config(other.folder)
+    differ = {STAGES[name] for name in STAGES if before.get(name) != job.settings.get(name) and
+              not (job.settings.get(name) is None and name == "beta")}
+    order = ["late", "generator", "friends", "end"]
+    kept = order[:min(map(order.index, differ), default=len(order))]
+    progress = files.load_checkpoint(other.folder, "cpu")
+    after = {name: outcome for name, outcome in progress.after.items() if name in kept}
+    settings = before | {name: job.settings[name] for name in STAGES if name in job.settings}
+    settings["digests"] = {name: value for name, value in before["digests"].items()
+                           if name not in STAGES}
+    job.folder.mkdir(parents=True, exist_ok=True)
+    lines = (other.folder / "metrics.jsonl").read_bytes()
+    data.write_atomically(job.folder / "metrics.jsonl", lambda file: file.write(lines))
+    files.save_checkpoint(job.folder, progress._replace(after=after))
+    files.write_json(job.folder / "config.json", settings)  # the last: with it there is a run
+
+
+def on_own_cores(shares: multiprocessing.Queue) -> None:
+    """Set up a process that makes runs: its share of the cores, where the system can, and its end.
+
+    It ends with the process that started it, however that one does, which alone hears Ctrl-C.
+    """
+    def end_with_parent() -> None:
+        wait_for_any([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    share = shares.get()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, share)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def do(argv: Sequence[str], log: Path) -> tuple[int, str, float]:
+    """Run run.py in this process: its exit status, what it said last, peak memory in GiB."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        status = run.main(list(argv))
+    last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+    return status, last[0] if last else "", peak_so_far()
+
+
+def peak_so_far() -> float:
+    """The most memory that this process has had, in GiB."""
+    status = Path("/proc/self/status")  # the other source counts what its parent had
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(
+        30 if sys.platform == "darwin" else 20)
+
+
+def pool_of(jobs: int) -> ProcessPoolExecutor:
+    """Processes for so many runs at a time, each on its own cores."""
+    context, cores = multiprocessing.get_context("spawn"), list(range(run.num_cores()))
+    if hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+    shares = context.Queue()
+    for number in range(jobs):
+        shares.put(cores[number::jobs] or cores)
+    return ProcessPoolExecutor(jobs, context, on_own_cores, (shares,))
+
+
+def run_missing(jobs: Sequence[Job], place: Place) -> dict[str, str]:
+    """Make the runs that are not finished, place.jobs at a time; what went wrong, by run.
+
+    Of runs with the same rounds the first goes ahead, and the others begin where those end.
+    """
+    lacking = {name: reason for name in {job.settings["dataset"] for job in jobs}
+               if (reason := absent(name, place))}
+    failed = {job.id: lacking[job.settings["dataset"]] for job in jobs
+              if job.settings["dataset"] in lacking}
+    left = [job for job in jobs if job.id not in failed and not is_finished(job.folder)]
+    cost = {job.id: seconds(job.settings) for job in left}
+    groups: dict[str, list[Job]] = {}
+    for job in sorted(left, key=lambda job: (job.settings["seed"], -cost[job.id])):
+        groups.setdefault(job.rounds, []).append(job)
+    bar = pictures.watch(None, "", "s", total=round(sum(cost.values())) or None,
+                         bar_format="{desc}{percentage:3.0f} % [{elapsed}, {remaining} left]")
+    going: dict = {}
+    with pool_of(place.jobs) as pool:
+        def begin(group: list[Job]) -> None:
+            if group:
+                job = group.pop(0)
+                work = pool.submit(do, arguments(job, jobs), job.folder.with_suffix(".log"))
+                going[work] = job, group
+
+        try:
+            for group in groups.values():
+                begin(group)
+            ended: dict[str, Job] = {}
+            while going:
+                finished, _ = wait(going, timeout=2, return_when=FIRST_COMPLETED)
+                for work in finished:
+                    job, group = going.pop(work)
+                    status, said, _ = work.result()
+                    if status == 0:
+                        record(job, place)
+                    else:
+                        failed[job.id] = said
+                        bar.write(f"{job.id}: {said}", file=sys.stdout)
+                    ended[job.id] = job
+                    begin(group)
+                bar.n = round(sum(map(cost.get, ended)) + sum(
+                    cost[job.id] * share_done(job) for job, _ in going.values()))
+                bar.set_description_str(f"{len(ended)} of {len(left)} runs: ")
+        except BaseException:  # a run that is stopped goes on from its last checkpoint
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+    bar.close()
+    return failed
+
+
+def absent(name: str, place: Place) -> str:
+    """Why a data set cannot be had, in a line; "" if it can."""
+    if name in data.DOWNLOADED and not (Path(place.data_dir) / f"{name}-32x32.npz").exists():
+        try:
+            data.load(name, place.data_dir)
+        except ValueError as error:
+            return str(error)
+    return ""
+
+
+def share_done(job: Job) -> float:
+    """How much of a run's rounds is done, as far as its log tells."""
+    try:
+        lines = (job.folder / "metrics.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0.0
+    return min(0.99, lines * job.settings["eval_every"] / job.settings["rounds"])
+
+
+# Seconds a training image on one core with AVX-512, by the network; with the five ResNets' mean.
+PACE = {"cnn": 0.8e-3, "resnets": 3.2e-3, "resnet18": 3.2e-3, "resnet18-widths": 4e-3,
+        "resnet152-widths": 40e-3}
+SLOWER = {"fedin": 1.6, "moon": 1.6, "feddf": 2.0}
+
+
+def seconds(settings: Mapping[str, Any]) -> float:
+    """About how long a run takes on one core, from the images that pass through networks."""
+    stem = Path(settings["dataset"]).stem.removeprefix("random-")
+    train, test = (settings.get(f"{part}_images") or count
+                   for part, count in zip(("train", "test"), FULL[stem]))
+    pace, clients, method = PACE[settings["model"]], settings["clients"], settings["method"]
+    passes = settings["rounds"] * settings["local_epochs"] * train * settings.get("participation", 1)
+    models_used = clients if method == "local" else len(models.MODELS[settings["model"]])
+    evaluations = settings["rounds"] / settings["eval_every"] * models_used
+    total = pace * (passes * SLOWER.get(method, 1) + evaluations * test / 3)
+    if method == "apfl":
+        classes = 10 if stem not in ("cifar100", "emnist") else 60
+        total += settings["generator_steps"] * settings["generator_batch"] * classes * 11e-3
+        total += pace * clients * classes * (settings["synthetic_per_class"]
+                                             * settings["friend_epochs"])
+        total += pace / 3 * clients * (3 * test + 11 * min(test, apfl.BETA_TEST_IMAGES))
+    return 3 + total
+
+
+# ------------------------------------------------------------------- what came of runs, in one file
+
+def record(job: Job, place: Place) -> None:
+    """Add a line on a finished run to runs.jsonl: settings, results, commit, machine."""
+    lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
+    line = {"id": job.id, "command": shlex.join(["python", "run.py", *command_line(job.typed)]),
+            "commit": commit(), "machine": machine(),
+            "result": json.loads((job.folder / "result.json").read_text()),
+            "rounds": [entry["round"] for entry in lines],
+            "accuracy": [files.in_round(entry) for entry in lines]}
+    place.results.mkdir(parents=True, exist_ok=True)
+    with open(place.results / "runs.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def recorded(place: Place) -> dict[str, dict]:
+    """Run -> its line in runs.jsonl, the last if there are several."""
+    path = place.results / "runs.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {line["id"]: line for line in map(json.loads, lines)}
+
+
+@cache
+def commit() -> str:
+    """Of this code, with + if it was changed since."""
+    def git(*words: str) -> str:
+        try:
+            return subprocess.run(["git", *words], capture_output=True, text=True, check=True,
+                                  cwd=Path(__file__).parent).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "*.py")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + "+" * bool(changed)
+
+
+@cache
+def machine() -> str:
+    """Processor, cores, and the GPU if there is one."""
+    names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()) if (
+        Path("/proc/cpuinfo").exists()) else [platform.processor()]
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{names[0] if names else platform.machine()}, {run.num_cores()} cores{gpu}"
+
+
+# ----------------------------------------------------------------------- from runs to what is shown
+
+Found = Mapping[tuple[str, str], list[dict]]  # (row, column) -> the lines of finished runs, by seed
+
+
+def final(table: Table, found: Found, place: Place) -> tuple[Values, None]:
+    """The result that each cell names, of every run."""
+    return {key: [line["result"].get(table.cells[key].value) for line in lines]
+            for key, lines in found.items()}, None
+
+
+def mean_curves(found: Found) -> dict[tuple[str, str], tuple[list, list, list]]:
+    """(Row, column) -> rounds, mean accuracy and deviation over seeds, smoothed."""
+    curves = {}
+    for key, lines in found.items():
+        if lines:
+            by_seed = np.array([analysis.smoothed(line["accuracy"]) for line in lines])
+            curves[key] = lines[0]["rounds"], by_seed.mean(axis=0), by_seed.std(axis=0)
+    return curves
+
+
+def target_of(name: str, found: Found, place: Place) -> float | None:
+    """The accuracy whose round is looked for: the paper's, at other scales what FedAvg reaches.
+
+    That is nine tenths of its mean accuracy after the last round, non-IID.
+    """
+    if place.scale == "paper":
+        return TARGETS[name]
+    last = [line["accuracy"][-1] for line in found.get(("FedAvg", f"{name}, Non-IID"), [])]
+    return 0.9 * statistics.mean(last) if last else None
+
+
+def with_rounds(table: Table, found: Found, place: Place) -> tuple[Values, dict]:
+    """Accuracies, and by data set the round of the target and the speed against FedAvg's."""
+    values, _ = final(table, found, place)
+    targets = {name: target_of(name, found, place) for name in TARGETS}
+    shown = {}
+    for name, target in targets.items():
+        for (row, column), lines in found.items():
+            if column.startswith(f"{name}, "):
+                shown[row, column] = values[row, column]
+            if column == f"{name}, Non-IID" and target is not None:
+                shown[row, f"{name}, round"] = [analysis.rounds_to_target(
+                    line["rounds"], line["accuracy"], target) for line in lines]
+        for row in dict.fromkeys(row for row, _ in found):
+            base, own = ([t for t in shown.get((which, f"{name}, round"), []) if t]
+                         for which in ("FedAvg", row))
+            if base and own:
+                shown[row, f"{name}, speed"] = [statistics.mean(base) / statistics.mean(own)]
+    return shown, {name: value for name, value in targets.items() if value is not None}
+
+
+def over_rounds(table: Table, found: Found, place: Place) -> tuple[Values, dict]:
+    """Final accuracies; and smoothed curves by panel, the column, with what AP-FL ends at."""
+    panels: dict[str, dict] = {}
+    for (row, column), curve in mean_curves(found).items():
+        panels.setdefault(column, {})[row] = curve
+    values, _ = final(table, found, place)
+    ends = {(column, row): statistics.mean(values[row, column]) for row, column in found
+            if row == "AP-FL" and found[row, column]}
+    return values, {"lines": panels, "ends": ends}
+
+
+# ------------------------------------------------------------------------------------- the analyses
+
+def overheads(table: Table, found: Found, place: Place) -> tuple[Values, None]:
+    """FedIN's Table 4: by rule for the papers' networks, and as measured at this scale."""
+    def states(name: str) -> list[dict]:
+        return [models.shapes(arch, 3, 10) for arch in models.MODELS[name]]
+
+    nets, widths = states("resnets"), states("resnet152-widths")
+    image = torch.empty(1, 3, 32, 32, device="meta")
+    net = models.build_empty("resnet18", 3, 10, image.device).eval()
+    features = sum(part.numel() for part in fedin.fedin_further_traffic(
+        net, image, feature_batch_size=fedin.FEATURE_BATCH_SIZE,
+        feature_batches=fedin.FEATURE_BATCHES))
+    rules = {"FedAvg": (nets, {}, {}), "Scaffold": (nets, {"copies": 2}, {"copies": 2}),
+             "MOON": (nets, {}, {"copies": 3}), "HeteroFL": (widths, {}, {"copies": 2}),
+             "FedRolex": (widths, {}, {"copies": 2}),
+             "FedIN": (nets, {"further": features}, {"further": features})}
+    values = {}
+    for (row, column), lines in found.items():
+        sent_by, sends, keeps = rules[row]
+        whole = sent_by[-1:] if sent_by is widths else sent_by
+        values[row, "parameters sent, M"] = [
+            analysis.mean_millions(sent_by, models.is_parameter, **sends)]
+        values[row, "memory by rule, MiB"] = [analysis.memory_mib(whole, **keeps)]
+        job = job_of(table.cells[row, column], place, 0)
+        sent = run.num_participants(job.settings) * job.settings["rounds"]
+        values[row, "measured: MB up a client, round"] = [
+            line["result"]["upload_mb"] / sent for line in lines]
+        values[row, "measured: peak of the process, GiB"] = [peak_memory(job)]
+    return values, None
+
+
+def peak_memory(job: Job) -> float | None:
+    """Of a process that runs the first two rounds of a run, in GiB; None if it fails."""
+    told = job.typed | {"rounds": 2, "eval_every": 2}
+    with tempfile.TemporaryDirectory() as folder, pool_of(1) as pool:
+        status, _, peak = pool.submit(do, [*command_line(told), "--out", f"{folder}/run"],
+                                      Path(folder) / "log").result()
+    return peak if status == 0 else None
+
+
+class Look(NamedTuple):
+    """What the clients of a run make of test images, after one more round of local training."""
+
+    maps: list[Tensor]  # stage -> CKA (K, K), clients in the order of their networks
+    names: list[str]  # of the clients in this order: id and network
+    features: dict[str, Tensor]  # network -> pooled stage 3 features (N, 512) of its first client
+    labels: Tensor  # (N,)
+
+
+@cache
+def look(folder: Path) -> Look:
+    """Run another round of a finished run, nothing of it kept, and look at its clients' stages."""
+    with redirect_stdout(pictures.nowhere()):
+        experiment, updates = analysis.one_more_round(folder)
+    dataset = experiment.data
+    rows = torch.linspace(0, len(dataset.y_test) - 1, min(LOOKED_AT, len(dataset.y_test))).long()
+    prepare = data.preparation(experiment.statistics)
+    order = sorted(updates, key=lambda k: (experiment.architectures.index(
+        experiment.clients[k].arch), k))
+    by_client = {}
+    for k in order:
+        net = experiment.network(experiment.clients[k].arch, updates[k].weights).eval()
+        batches = (prepare(dataset.x_test[part]) for part in rows.split(models.TEST_BATCH))
+        by_client[k] = analysis.stage_features(net, batches)
+    maps = [analysis.cka_map(stage) for stage in zip(*by_client.values())]
+    first = {arch: next(k for k in order if experiment.clients[k].arch == arch)
+             for arch in experiment.architectures}
+    return Look(maps, [f"{k}: {experiment.clients[k].arch}" for k in order],
+                {arch: by_client[k][3] for arch, k in first.items()}, dataset.y_test[rows])
+
+
+def folder_of(lines: Sequence[dict], place: Place) -> Path:
+    return RUNS / place.scale / lines[0]["id"]
+
+
+def similarity(table: Table, found: Found, place: Place) -> tuple[Values, dict[str, Look]]:
+    """Mean CKA between different clients by stage; and what was looked at, by row and column."""
+    values, looks = {}, {}
+    for (row, column), lines in found.items():
+        if lines:
+            looks[row, column] = look(folder_of(lines, place))
+            for stage, similar in enumerate(looks[row, column].maps):
+                values[row, f"{column}, stage {stage}"] = [analysis.mean_similarity(similar)]
+    return values, looks
+
+
+def scatter(features: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    """t-SNE of several sets of features (N, p) together, and their silhouette in the plane.
+
+    The silhouette is near 1 where the sets lie apart, near 0 where they are one cloud.
+    """
+    from sklearn.metrics import silhouette_score
+
+    placed = analysis.tsne(torch.cat(list(features.values())))
+    sizes = [len(part) for part in features.values()]
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    return dict(zip(features, placed.split(sizes))), float(silhouette_score(placed, owner))
+
+
+def scattered_clients(table: Table, found: Found, place: Place) -> tuple[Values, dict]:
+    """Fig. 8: of one class, from a client with ResNet10, with ResNet14, with ResNet26."""
+    values, panels = {}, {}
+    for (row, _), lines in found.items():
+        if lines:
+            seen = look(folder_of(lines, place))
+            members = (seen.labels == 0).nonzero().flatten()[:200]  # which class is not stated
+            panels[row], apart = scatter({arch: seen.features[arch][members] for arch in (
+                "resnet10", "resnet14", "resnet26")})
+            values[row, "silhouette of the clients"] = [apart]
+    return values, panels
+
+
+def scattered_architectures(table: Table, found: Found, place: Place) -> tuple[Values, dict]:
+    """Fig. 3: of all classes, from a client of each architecture."""
+    values, panels = {}, {}
+    for (row, _), lines in found.items():
+        if lines:
+            features = look(folder_of(lines, place)).features
+            panels[row], apart = scatter({arch: part[:100] for arch, part in features.items()})
+            values[row, "silhouette of the architectures"] = [apart]
+    return values, panels
+
+
+@cache
+def attack(folder: Path, data_dir: str, steps: int) -> tuple[dict, dict, Values]:
+    """Reconstruct eight images from their features, plain and with FedIN's noise (Sec. 4.3).
+
+    The images are test images that the network has not seen.  Returns rows of images, losses, and
+    for the table the last loss, PSNR and SSIM (images in 0..1).
+    """
+    settings = files.read_config(folder)
+    trained = files.trained_network(folder, "resnet18")
+    images = data.load(settings["dataset"], data_dir).x_test[:8]
+    truth, rows, losses, values = images / 255, {"true images": images}, {}, {}
+    with torch.inference_mode():
+        s_in = trained.net.extractor(trained.prepare(images)).clone()
+    for number, (name, level) in enumerate({"without noise": 0.0, f"noise {fedin.NOISE_LEVEL:g}":
+                                            fedin.NOISE_LEVEL}.items()):
+        rng = data.torch_stream(settings["seed"], data.FEATURE_NOISE, number)
+        sent = fedin.add_noise(s_in.clone(), level, rng)
+        found, losses[name] = analysis.reconstruct(trained.net.extractor, sent, images.shape, rng,
+                                                   steps=steps)
+        found = ((found * trained.deviation + trained.mean) / 255).clamp(0, 1)
+        rows[name] = (found * 255).byte()
+        values[name, "loss at the end"] = [losses[name][-1]]
+        values[name, "PSNR, dB"] = [float(analysis.psnr(found, truth).mean())]
+        values[name, "SSIM"] = [float(analysis.ssim(found, truth).mean())]
+    return rows, losses, values
+
+
+def attacked(table: Table, found: Found, place: Place) -> tuple[Values, tuple]:
+    """The attack on the features of a run's ResNet18."""
+    (lines,) = found.values()
+    if not lines:
+        return {}, ({}, {})
+    rows, losses, values = attack(folder_of(lines, place), place.data_dir,
+                                  ATTACK_STEPS[place.scale])
+    return values, (rows, losses)
+
+
+def dealt_classes(table: Table, found: Found, place: Place) -> tuple[Values, Tensor]:
+    """AP-FL's Table 1, as --missing-classes 0.2 deals the classes of CIFAR-10 out; and the counts."""
+    told = typed(Cell({"method": "fedavg", "setting": "apfl", "dataset": "cifar10",
+                       "missing_classes": 0.2}), place, 0)
+    experiment = run.prepare_experiment(run.resolve(told))
+    counts = torch.stack([experiment.data.y_train[client.indices].bincount(minlength=10)
+                          for client in experiment.clients])
+    held = {(f"client {k}", "classes"): [" ".join(map(str, row.nonzero().flatten().tolist()))]
+            for k, row in enumerate(counts)}
+    return held, counts
+
+
+# ---------------------------------------------------------------------------------- putting together
+
+def papers_numbers() -> dict[str, dict[tuple[str, str], tuple[Any, float | None]]]:
+    """Table -> (row, column) -> the paper's value and, where it gives one, its deviation."""
+    found: dict[str, dict] = {}
+    with open(PAPERS, newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            try:
+                value: Any = float(line["value"])
+            except ValueError:  # the classes of a client
+                value = line["value"]
+            found.setdefault(line["table"], {})[line["row"], line["column"]] = (
+                value, float(line["deviation"]) if line["deviation"] else None)
+    return found
+
+
+def mean_and_deviation(values: Sequence) -> tuple[Any, float | None]:
+    """Over seeds, of those that there are; words stay as they are."""
+    there = [value for value in values if value is not None]
+    if not there or isinstance(there[0], str):
+        return (there[0] if there else None), None
+    return statistics.mean(there), statistics.pstdev(there) if len(there) > 1 else None
+
+
+def number(value: Any, deviation: float | None = None) -> str:
+    """As it stands in a table: three figures, with its deviation."""
+    if value is None or isinstance(value, str):
+        return value or "–"
+    digits = 1 if abs(value) >= 20 else 2
+    text = f"{value:.{digits}f}"
+    return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
+
+
+def agreement(values: Values, papers: Mapping) -> dict[str, tuple[int, int]]:
+    """Column -> of how many pairs of rows our order is the paper's, and of how many."""
+    found = {}
+    for column in dict.fromkeys(column for _, column in values):
+        both = [(papers[key][0], mean_and_deviation(of)[0]) for key, of in values.items()
+                if key[1] == column and key in papers]
+        both = [pair for pair in both if all(isinstance(each, (int, float)) for each in pair)]
+        alike, pairs = analysis.in_order(*zip(*both)) if len(both) > 1 else (0, 0)
+        if pairs:
+            found[column] = alike, pairs
+    return found
+
+
+def markdown(name: str, table: Table, values: Values, papers: Mapping, notes: Sequence[str]) -> str:
+    """A table as Markdown: in each cell the paper's number, a stroke, ours."""
+    keys = values.keys() | {key for key in papers if key in table.cells}
+    rows = list(dict.fromkeys(row for row, _ in [*table.cells, *values] if any(
+        row == key[0] for key in keys)))
+    columns = list(dict.fromkeys(column for _, column in values))
+    across = len(columns) <= 12  # else a line a column, as the paper has its long tables
+
+    def cell(row: str, column: str) -> str:
+        ours = number(*mean_and_deviation(values.get((row, column), [])))
+        if not papers:
+            return ours
+        return f"{number(*papers.get((row, column), (None, None)))} / {ours}"
+
+    head = ["", *(columns if across else rows)]
+    body = [[row, *(cell(row, column) for column in columns)] for row in rows] if across else [
+        [column, *(cell(row, column) for row in rows)] for column in columns]
+    lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body)]
+    agreed = agreement(values, papers)
+    said = [f"Every cell: {'the paper / ours' if papers else 'ours'}, mean ± standard deviation "
+            "over the seeds."]
+    if agreed:
+        said.append("Pairs of rows that come in the paper's order: " + "; ".join(
+            f"{column} {alike} of {pairs}" for column, (alike, pairs) in agreed.items()) + ".")
+    return "\n\n".join([f"# {table.title}", *notes, "\n".join(lines), *said,
+                        f"![{table.title}]({name}.png)"]) + "\n"
+
+
+def notes_of(table: Table, found: Found, place: Place, failed: Mapping[str, str],
+             extra: Any) -> list[str]:
+    """What has to be said with numbers: scale, seeds, command, commits, machines, what is missing."""
+    settings = {cell.flags["setting"]: None for cell in table.cells.values()}
+    scale = "; ".join(f"`--setting {name}` with " + (", ".join(
+        f"{flag} {value}" for flag, value in SCALES[place.scale][name].items()) or "nothing else")
+        for name in settings)
+    lines = [line for those in found.values() for line in those]
+    seeds = 1 if table.networks else place.seeds
+    said = [f"Scale **{place.scale}**: {scale or 'as run.py sets it'}. Seeds: "
+            f"{', '.join(map(str, range(seeds)))}.",
+            f"`{place.command}`; runs of commit {', '.join(sorted({line['commit'] for line in lines}))}"
+            f" on {'; '.join(sorted({line['machine'] for line in lines}))}." if lines else
+            f"`{place.command}`; commit {commit()} on {machine()}."]
+    said += [f"{text[0].upper()}{text[1:]}." for text in stand_ins(table, place)]
+    if place.scale != "paper" and any("-widths" in str(cell.flags.get("model", ""))
+                                      for cell in table.cells.values()):
+        said.append(f"HeteroFL, FedRolex, ScaleFL: {WIDTHS[place.scale]} (paper: ResNet152).")
+    if table.measure is with_rounds and extra:
+        said.append("Targets, %: " + ", ".join(f"{name} {value:.1f}" for name, value in
+                                               extra.items())
+                    + ("." if place.scale == "paper" else ", nine tenths of what FedAvg reaches."))
+    if any("clients" in column for _, column in table.cells) and table.cells and (
+            place.scale != "paper" and "fedin" in settings):
+        said.append("Numbers of clients here: " + ", ".join(
+            f"{own} for {theirs}" for theirs, own in CLIENTS[place.scale].items()) + ".")
+    lacking = [f"{row} / {column}" for (row, column), those in found.items() if len(those) < seeds]
+    if lacking:
+        reasons = "; ".join(dict.fromkeys(failed.values())) or "not run"
+        said.append(f"Lacking runs: {', '.join(lacking[:6])}"
+                    + (f" and {len(lacking) - 6} more" if len(lacking) > 6 else "")
+                    + f" ({reasons}).")
+    return said
+
+
+def write_csv(path: Path, name: str, values: Values, papers: Mapping, scale: str) -> None:
+    """One line a cell: the paper's number, ours, and every seed's."""
+    def fill(file) -> None:
+        lines = [["table", "scale", "row", "column", "paper", "paper deviation", "mean",
+                  "deviation", "by seed"]]
+        for (row, column), of in values.items():
+            lines.append([name, scale, row, column, *papers.get((row, column), (None, None)),
+                          *mean_and_deviation(of), " ".join(map(str, of))])
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        file.write(text.getvalue().encode())
+
+    data.write_atomically(path, fill)
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+def numbers(path, table: Table, values: Values, papers: Mapping, extra: Any, title: str) -> None:
+    """The paper's numbers and ours, a panel a column."""
+    columns: dict[str, dict] = {}
+    for (row, column), of in values.items():
+        paper, (mean, deviation) = papers.get((row, column), (None, None))[0], mean_and_deviation(of)
+        columns.setdefault(column, {})[row] = paper, mean, deviation
+    pictures.draw_numbers(path, columns, "", title)
+
+
+def sweep(label: str, path, table: Table, values: Values, papers: Mapping, extra: Any,
+          title: str) -> None:
+    """A line a row over the columns, which are numbers."""
+    lines: dict[str, tuple[list, list, list]] = {}
+    for (row, column), of in values.items():
+        mean, deviation = mean_and_deviation(of)
+        if mean is not None:
+            for part, value in zip(lines.setdefault(row, ([], [], [])), (column, mean,
+                                                                         deviation or 0)):
+                part.append(value)
+    pictures.draw_lines(path, {"": lines}, (label, "accuracy, %"), title)
+
+
+def curves(path, table: Table, values: Values, papers: Mapping, extra: Any, title: str) -> None:
+    """Smoothed accuracy over rounds, a panel a column."""
+    pictures.draw_lines(path, extra["lines"], ("round", "smoothed accuracy, %"), title,
+                        ends=extra["ends"])
+
+
+def stage_lines(path, table: Table, values: Values, papers: Mapping, extra: Mapping,
+                title: str) -> None:
+    """Mean CKA over stages, a panel a split."""
+    panels: dict[str, dict] = {}
+    for (row, column), seen in extra.items():
+        means = [analysis.mean_similarity(similar) for similar in seen.maps]
+        panels.setdefault(column, {})[row] = [str(stage) for stage in range(len(means))], means, None
+    pictures.draw_lines(path, panels, ("stage", "mean CKA between clients"), title)
+
+
+def maps(path, table: Table, values: Values, papers: Mapping, extra: Mapping, title: str) -> None:
+    """CKA of each client with each, by method, stages 2 and 3."""
+    shown = {f"{row}, stage {stage}": seen.maps[stage] for stage in (2, 3)
+             for (row, _), seen in extra.items()}
+    names = next(iter(extra.values())).names
+    pictures.draw_maps(path, shown, names, "CKA", title, columns=len(extra), limits=(0, 1))
+
+
+def points(path, table: Table, values: Values, papers: Mapping, extra: Mapping, title: str) -> None:
+    """The plane of t-SNE, a panel a method."""
+    pictures.draw_points(path, extra, title)
+
+
+def reconstructed(with_losses: bool, path, table: Table, values: Values, papers: Mapping,
+                  extra: tuple, title: str) -> None:
+    """True and reconstructed images, and the attacker's losses."""
+    rows, losses = extra
+    pictures.draw_reconstruction(path, rows, losses if with_losses else {}, title)
+
+
+def classes_held(path, table: Table, values: Values, papers: Mapping, extra: Tensor,
+                 title: str) -> None:
+    """Images of each class that each client has."""
+    pictures.draw_maps(path, {"class": extra.double()}, [row for row, _ in values], "images", title)
+
+
+# --------------------------------------------------------------------------------------------- main
+
+def make(name: str, table: Table, place: Place, failed: Mapping[str, str]) -> str:
+    """Write what comes of a table's runs to results/SCALE; returns the Markdown."""
+    known, found = recorded(place), {}
+    for key, cell in table.cells.items():
+        seeds = range(1 if table.networks else place.seeds)
+        ids = [job_of(cell, place, seed).id for seed in seeds]
+        found[key] = [known[each] for each in ids if each in known]
+    values, extra = table.measure(table, found, place)
+    papers = papers_numbers().get(name, {})
+    text = markdown(name, table, values, papers, notes_of(table, found, place, failed, extra))
+    place.results.mkdir(parents=True, exist_ok=True)
+    data.write_atomically(place.results / f"{name}.md", lambda file: file.write(text.encode()))
+    write_csv(place.results / f"{name}.csv", name, values, papers, place.scale)
+    if values:
+        data.write_atomically(place.results / f"{name}.png", lambda file: table.draw(
+            file, table, values, papers, extra, f"{table.title} (scale: {place.scale})"))
+    return text
+
+
+def jobs_of(table: Table, place: Place) -> list[Job]:
+    """The runs that a table needs, each once."""
+    found = {}
+    for key, cell in table.cells.items():
+        if place.only and not any(text in name for text in place.only for name in key):
+            continue
+        for seed in range(1 if table.networks else place.seeds):
+            job = job_of(cell, place, seed)
+            found[job.id] = job
+    return list(found.values())
+
+
+def listing(data_dir: str) -> str:
+    """Every table and figure, with its runs and an estimate of time at each scale."""
+    by_scale = {scale: all_tables(scale) for scale in SCALES}
+    lines = [f"{'name':14}{'runs a seed':>12}" + "".join(
+        f"{f'{scale}, {seeds} seeds':>16}" for scale, seeds in SEEDS.items())]
+    for name, table in by_scale["paper"].items():
+        times = []
+        for scale, tables in by_scale.items():
+            jobs = jobs_of(tables[name], Place(scale, 1, 1, data_dir, ""))
+            of_seeds = 1 if table.networks else SEEDS[scale]
+            hours = of_seeds * sum(seconds(job.settings) for job in jobs) / 3600
+            times.append(f"{60 * hours:.0f} min" if hours < 1 else f"{hours:,.0f} h")
+        lines += [f"{name:14}{len(jobs):>12}" + "".join(f"{each:>16}" for each in times),
+                  f"    {table.title}"]
+    return "\n".join([*lines, "", "Times are estimates for one core without the analyses, and "
+                      "tables share runs: of fedin-1 many others are parts.", "FedIN's Fig. 1 and 2 "
+                      "and AP-FL's Fig. 1 to 3 are drawings."])
+
+
+def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What was typed.  Raises ValueError if it is nothing that can be asked for."""
+    parser = argparse.ArgumentParser(prog="python tables.py", allow_abbrev=False,
+                                     description=(__doc__ or "").split("\n")[0])
+    parser.error = run.raise_usage_error
+    parser.add_argument("names", nargs="*", metavar="NAME", help="fedin-1, apfl-fig4, ..., as "
+                        "--list has them; fedin-2 is fedin-2a and fedin-2b; or all")
+    parser.add_argument("--list", action="store_true", help="print all names and stop")
+    parser.add_argument("--scale", choices=SCALES, default="smoke", help="rounds, clients, epochs "
+                        "and images: smoke is to try it, paper the papers' own (smoke)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="runs of each kind: seeds 0 to N - 1 "
+                        "(3; 1 at the scale of smoke)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (as many as cores);"
+                        " 0: none, tables of the runs that are finished")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="run those rows and "
+                        "columns alone that have such a text in their names, as CIFAR-10")
+    parser.add_argument("--data-dir", default="data", help="where downloads are kept (data)")
+    told = parser.parse_args(argv)
+    if not told.list and not told.names:
+        raise ValueError("nothing to make: name a table, or all, or give --list")
+    for name, least in (("seeds", 1), ("jobs", 0)):
+        if getattr(told, name) is not None and getattr(told, name) < least:
+            raise ValueError(f"--{name} must be at least {least}")
+    return told
+
+
+def chosen(names: Sequence[str], tables: Mapping[str, Table]) -> dict[str, Table]:
+    """The tables of these names, or of names that go on with letters: fedin-2 for fedin-2a."""
+    found = {}
+    for name in names:
+        those = {key: table for key, table in tables.items()
+                 if name == "all" or re.fullmatch(re.escape(name) + "[a-z]*", key)}
+        if not those:
+            raise ValueError(f"there is no {name}: choose among {', '.join(tables)}, or all")
+        found |= those
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make what is asked for: 0, or 1 if a run failed, 2 if nothing could be done, 130 if stopped."""
+    try:
+        told = read_arguments(argv)
+        if told.list:
+            print(listing(told.data_dir))
+            return 0
+        words = sys.argv[1:] if argv is None else argv
+        place = Place(told.scale, told.seeds or SEEDS[told.scale],
+                      run.num_cores() if told.jobs is None else told.jobs, told.data_dir, shlex.join(["python", "tables.py", *words]), told.only)
+        tables = chosen(told.names, all_tables(told.scale))
+        known = recorded(place)
+        needed = {job.id: job for table in tables.values() for job in jobs_of(table, place)
+                  if table.networks or job.id not in known}
+        failed = run_missing(list(needed.values()), place) if place.jobs > 0 else {}
+        for name, table in tables.items():
+            print(f"\n{make(name, table, place, failed)}", flush=True)
+        print(f"written to {place.results}")
+        return 1 if failed else 0
+    except KeyboardInterrupt:
+        print("error: stopped; the same command goes on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(files.one_line(f"error: {error}"), file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
