@@ -2,23 +2,29 @@
 
 In reading order: how alike networks see (linear CKA, t-SNE; FedIN, Sec. 5.3); what an attacker
 makes of the features that a client sends (FedIN, Sec. 4.3 and 5.5); what a method costs (FedIN,
-Table 4); curves over rounds (FedIN, Table 1 and Fig. 5).  Last, one more round of a finished run,
-for models as clients have them before the server averages.  tables.py makes the papers' tables and
-figures of these.
+Table 4); curves over rounds (FedIN, Table 1 and Fig. 5).  Last, what a finished run can be asked
+for: one more round, for models as clients have them before the server averages; how alike these
+see; an attack on its features.  tables.py makes the papers' tables and figures of all this.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import data
+import fedin
 import files
+import models
+import pictures
 import run
 from baselines import Experiment
 
@@ -111,6 +117,19 @@ def tsne(features: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> Tensor
     x = (x - x.mean(dim=0)) / x.std(dim=0).clamp(min=1e-12)
     fit = TSNE(perplexity=min(perplexity, (len(x) - 1) / 3), init="pca", random_state=seed)
     return torch.from_numpy(fit.fit_transform(x.numpy()))
+
+
+def scatter(features: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    """t-SNE of several sets of features (N, p) together, and their silhouette in the plane.
+
+    The silhouette is near 1 where the sets lie apart, near 0 where they are one cloud.
+    """
+    from sklearn.metrics import silhouette_score
+
+    placed = tsne(torch.cat(list(features.values())))
+    sizes = [len(part) for part in features.values()]
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    return dict(zip(features, placed.split(sizes))), float(silhouette_score(placed, owner))
 
 
 # ------------------------------------------------------- what an attacker makes of sent features
@@ -225,7 +244,7 @@ def speed_up(base: float | None, own: float | None) -> float | None:
 
 
 def in_order(paper: Sequence[float], ours: Sequence[float]) -> tuple[int, int]:
-    """Of pairs of methods that differ in the paper, how many we order alike, and how many there are.
+    """Of pairs of methods that differ in the paper, how many are alike in order here, of how many.
 
     paper, ours: one number a method.  A pair that is equal in ours counts as not alike.
     """
@@ -234,7 +253,7 @@ def in_order(paper: Sequence[float], ours: Sequence[float]) -> tuple[int, int]:
     return sum(theirs * own > 0 for theirs, own in pairs), len(pairs)
 
 
-# -------------------------------------------------------------------------- one more round of a run
+# ------------------------------------------------------------- what a finished run can be asked for
 
 def one_more_round(folder: str | Path) -> tuple[Experiment, dict[int, Any]]:
     """Train all clients of a finished run for another round: as they are before any average.
@@ -258,3 +277,67 @@ def one_more_round(folder: str | Path) -> tuple[Experiment, dict[int, Any]]:
     finally:
         files.leave()
     return experiment, updates
+
+
+class Look(NamedTuple):
+    """What the clients of a run make of test images, after one more round of local training."""
+
+    maps: list[Tensor]  # stage -> CKA (K, K), clients in the order of their networks
+    names: list[str]  # of the clients in this order: id and network
+    features: dict[str, Tensor]  # network -> pooled stage 3 features (N, 512) of its first client
+    labels: Tensor  # (N,)
+
+
+def look(folder: str | Path, *, images: int = 2000, unbiased: bool = False) -> Look:
+    """Compare how the clients of a finished run see test images (FedIN, Sec. 5.3).
+
+    As they are after one more round of local training, since after an average all clients of an
+    architecture are equal.  The networks have to be ResNets.
+    images: how many test images, evenly spaced;  unbiased: see linear_cka
+    """
+    with redirect_stdout(pictures.nowhere()):
+        experiment, updates = one_more_round(folder)
+    dataset = experiment.data
+    rows = torch.linspace(0, len(dataset.y_test) - 1, min(images, len(dataset.y_test))).long()
+    prepare = data.preparation(experiment.statistics)
+    order = sorted(updates, key=lambda k: (experiment.architectures.index(
+        experiment.clients[k].arch), k))
+    by_client = {}
+    for k in order:
+        net = experiment.network(experiment.clients[k].arch, updates[k].weights).eval()
+        batches = (prepare(dataset.x_test[part]) for part in rows.split(models.TEST_BATCH))
+        by_client[k] = stage_features(net, batches)
+    maps = [cka_map(stage, unbiased=unbiased) for stage in zip(*by_client.values())]
+    first = {arch: next(k for k in order if experiment.clients[k].arch == arch)
+             for arch in experiment.architectures}
+    return Look(maps, [f"{k}: {experiment.clients[k].arch}" for k in order],
+                {arch: by_client[k][3] for arch, k in first.items()}, dataset.y_test[rows])
+
+
+class Attack(NamedTuple):
+    """What came of an attack on features."""
+
+    images: Tensor  # as reconstructed, (N, C, H, W) uint8
+    losses: list[float]  # by step
+    psnr: float  # in decibels, mean over the images
+    ssim: float
+
+
+def attack(folder: str | Path, data_dir: str, *, steps: int, level: float,
+           count: int = 8) -> tuple[Tensor, Attack]:
+    """Reconstruct images from the features that a finished run's ResNet18 makes of them.
+
+    level: of FedIN's noise on the features (Sec. 4.3), in their standard deviations
+    count: how many; the first test images, which the network has not been trained on
+    Returns the true images (count, C, H, W) uint8 besides.
+    """
+    settings = files.read_config(Path(folder))
+    trained = files.trained_network(folder, "resnet18")
+    images = data.load(settings["dataset"], data_dir).x_test[:count]
+    rng = data.torch_stream(settings["seed"], data.FEATURE_NOISE)
+    with torch.no_grad():
+        s_in = fedin.add_noise(trained.net.extractor(trained.prepare(images)), level, rng)
+    found, losses = reconstruct(trained.net.extractor, s_in, images.shape, rng, steps=steps)
+    found, truth = ((found * trained.deviation + trained.mean) / 255).clamp(0, 1), images / 255
+    return images, Attack((found * 255).round().byte(), losses,
+                          float(psnr(found, truth).mean()), float(ssim(found, truth).mean()))

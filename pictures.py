@@ -157,7 +157,8 @@ def draw_numbers(path: Path | BinaryIO, numbers: Mapping[str, Mapping[str, tuple
     """
     rows = list(dict.fromkeys(row for column in numbers.values() for row in column))
     lines = -(-len(numbers) // PANELS)
-    figure = new_figure(2.2 + 2.2 * min(PANELS, len(numbers)), 1.2 + lines * (0.6 + 0.2 * len(rows)))
+    figure = new_figure(2.2 + 2.2 * min(PANELS, len(numbers)),
+                        1.2 + lines * (0.6 + 0.2 * len(rows)))
     for column, axes in panels(figure, list(numbers), sharey=True).items():
         for place, row in enumerate(rows):
             paper, mean, deviation = numbers[column].get(row, (None, None, None))
@@ -257,7 +258,8 @@ def draw_reconstruction(path: Path | BinaryIO, images: Mapping[str, Tensor],
         axes.grid(alpha=0.3)
     strips = [part.permute(2, 0, 3, 1).flatten(1, 2).squeeze(-1).numpy()
               for part in images.values()]
-    for name, strip, axes in zip(images, strips, below.subplots(len(images), 1, squeeze=False)[:, 0]):
+    grid = below.subplots(len(images), 1, squeeze=False)[:, 0]
+    for name, strip, axes in zip(images, strips, grid):
         axes.imshow(strip, cmap="gray", vmin=0, vmax=255, aspect="auto")
         axes.set(xticks=[], yticks=[])
         axes.set_ylabel(name, rotation=0, ha="right", va="center", parse_math=False)

@@ -64,7 +64,7 @@ SCALES = {
     "smoke": {
         "fedin": SMOKE | {"clients": 8, "participation": 0.25, "train_images": 160},
         "apfl": SMOKE | {"train_images": 400, "generator_steps": 3, "generator_batch": 2,
-                         "synthetic_per_class": 4, "friend_epochs": 1, "distillation_steps": 5}},
+                         "synthetic_per_class": 2, "friend_epochs": 1, "distillation_steps": 5}},
     "small": {
         "fedin": {"clients": 20, "participation": 0.25, "rounds": 20, "local_epochs": 1,
                   "train_images": 5000, "test_images": 1000, "eval_every": 4},
@@ -80,15 +80,14 @@ CLIENTS = {  # FedIN's Table 5: how many there are for the paper's numbers
     "small": {10: 5, 20: 8, 50: 12, 100: 20, 200: 40},
     "paper": {10: 10, 20: 20, 50: 50, 100: 100, 200: 200}}
 SAMPLES = {  # AP-FL's Fig. 5: synthetic samples a class of a friend model
-    "smoke": (2, 4, 8), "small": (10, 30, 100, 200), "paper": (50, 200, 400, 600, 800, 1000)}
+    "smoke": (2, 4), "small": (10, 30, 100, 200), "paper": (50, 200, 400, 600, 800, 1000)}
 ATTACK_STEPS = {"smoke": 50, "small": 5000, "paper": 100_000}  # the paper's Fig. 10: a million
-LOOKED_AT = 2000  # test images that representations are compared on, at most
 
-# ---------------------------------------------------------------------------- the runs of each table
+# --------------------------------------------------------------------------- the runs of each table
 
 
 class Cell(NamedTuple):
-    """A place in a table: what run.py is told, scale and seed apart, and which result stands there."""
+    """A place in a table: what run.py is told but for scale and seed, and which result it shows."""
 
     flags: Mapping[str, Any]
     value: str = "accuracy"  # of result.json
@@ -139,7 +138,8 @@ APFL_METHODS = {  # AP-FL's rounds are FedAvg's to the last bit, so FedAvg needs
     "AP-FL": Cell({"method": "apfl"})}
 
 
-def cells(setting: str, rows: Mapping[str, Mapping | Cell], columns: Mapping[str, Mapping]) -> Cells:
+def cells(setting: str, rows: Mapping[str, Mapping | Cell],
+          columns: Mapping[str, Mapping]) -> Cells:
     """Each row's flags with each column's, in a setting."""
     made = {}
     for row, given in rows.items():
@@ -288,7 +288,7 @@ class Place(NamedTuple):
     jobs: int
     data_dir: str
     command: str  # as it was typed
-    only: Sequence[str] = ()  # words of which a row or column has to have one to be run
+    only: tuple[str, ...] = ()  # words of which a row or column has to have one to be run
 
     @property
     def results(self) -> Path:
@@ -379,7 +379,7 @@ def stand_ins(table: Table, place: Place) -> list[str]:
     return list(said)
 
 
-# --------------------------------------------------------------------------- running what is missing
+# -------------------------------------------------------------------------- running what is missing
 
 MACHINE = ("device", "workers", "threads", "data_dir", "checkpoint_every")  # of no account
 STAGES = {  # flags of AP-FL -> the first stage after the rounds that they have a part in
@@ -431,6 +431,7 @@ def command_line(told: Mapping[str, Any]) -> list[str]:
 
 
 def is_finished(folder: Path) -> bool:
+    """Whether a run has come to its end, and its networks are there."""
     return (folder / "result.json").exists() and (folder / "checkpoint.pt").exists()
 
 
@@ -472,8 +473,8 @@ def begin_after_rounds(job: Job, other: Job) -> None:
     files.write_json(job.folder / "config.json", settings)  # the last: with it there is a run
 
 
-def on_own_cores(shares: multiprocessing.Queue) -> None:
-    """Set up a process that makes runs: its share of the cores, where the system can, and its end.
+def begin_worker(jobs: int) -> None:
+    """Set up one of so many processes that make runs: its share of the cores, and its end.
 
     It ends with the process that started it, however that one does, which alone hears Ctrl-C.
     """
@@ -481,18 +482,28 @@ def on_own_cores(shares: multiprocessing.Queue) -> None:
         wait_for_any([multiprocessing.parent_process().sentinel])
         os._exit(1)
 
-    share = shares.get()
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, share)
+        cores = sorted(os.sched_getaffinity(0))
+        number = int(multiprocessing.current_process().name.rpartition("-")[2])
+        os.sched_setaffinity(0, cores[number % jobs::jobs] or cores)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # but while it makes a run, see do
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def do(argv: Sequence[str], log: Path) -> tuple[int, str, float]:
-    """Run run.py in this process: its exit status, what it said last, peak memory in GiB."""
+    """Run run.py in this process: its exit status, what it said last, peak memory in GiB.
+
+    SIGTERM is to the run what Ctrl-C is to one that is alone.
+    """
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+        signal.signal(signal.SIGTERM, stop)
         status = run.main(list(argv))
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
     return status, last[0] if last else "", peak_so_far()
 
@@ -508,13 +519,7 @@ def peak_so_far() -> float:
 
 def pool_of(jobs: int) -> ProcessPoolExecutor:
     """Processes for so many runs at a time, each on its own cores."""
-    context, cores = multiprocessing.get_context("spawn"), list(range(run.num_cores()))
-    if hasattr(os, "sched_getaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-    shares = context.Queue()
-    for number in range(jobs):
-        shares.put(cores[number::jobs] or cores)
-    return ProcessPoolExecutor(jobs, context, on_own_cores, (shares,))
+    return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), begin_worker, (jobs,))
 
 
 def run_missing(jobs: Sequence[Job], place: Place) -> dict[str, str]:
@@ -527,6 +532,10 @@ def run_missing(jobs: Sequence[Job], place: Place) -> dict[str, str]:
     failed = {job.id: lacking[job.settings["dataset"]] for job in jobs
               if job.settings["dataset"] in lacking}
     left = [job for job in jobs if job.id not in failed and not is_finished(job.folder)]
+    known = recorded(place)
+    for job in jobs:
+        if is_finished(job.folder) and job.id not in known:  # and was stopped before it was said
+            record(job, place)
     cost = {job.id: seconds(job.settings) for job in left}
     groups: dict[str, list[Job]] = {}
     for job in sorted(left, key=lambda job: (job.settings["seed"], -cost[job.id])):
@@ -560,9 +569,10 @@ def run_missing(jobs: Sequence[Job], place: Place) -> dict[str, str]:
                 bar.n = round(sum(map(cost.get, ended)) + sum(
                     cost[job.id] * share_done(job) for job, _ in going.values()))
                 bar.set_description_str(f"{len(ended)} of {len(left)} runs: ")
-        except BaseException:  # a run that is stopped goes on from its last checkpoint
+        except BaseException:
             for process in multiprocessing.active_children():
                 process.terminate()
+            pool.shutdown(cancel_futures=True)
             raise
     bar.close()
     return failed
@@ -599,7 +609,8 @@ def seconds(settings: Mapping[str, Any]) -> float:
     train, test = (settings.get(f"{part}_images") or count
                    for part, count in zip(("train", "test"), FULL[stem]))
     pace, clients, method = PACE[settings["model"]], settings["clients"], settings["method"]
-    passes = settings["rounds"] * settings["local_epochs"] * train * settings.get("participation", 1)
+    share = settings.get("participation", 1)
+    passes = settings["rounds"] * settings["local_epochs"] * train * share
     models_used = clients if method == "local" else len(models.MODELS[settings["model"]])
     evaluations = settings["rounds"] / settings["eval_every"] * models_used
     total = pace * (passes * SLOWER.get(method, 1) + evaluations * test / 3)
@@ -702,10 +713,10 @@ def with_rounds(table: Table, found: Found, place: Place) -> tuple[Values, dict]
                 shown[row, f"{name}, round"] = [analysis.rounds_to_target(
                     line["rounds"], line["accuracy"], target) for line in lines]
         for row in dict.fromkeys(row for row, _ in found):
-            base, own = ([t for t in shown.get((which, f"{name}, round"), []) if t]
+            base, own = (mean_and_deviation(shown.get((which, f"{name}, round"), []))[0]
                          for which in ("FedAvg", row))
             if base and own:
-                shown[row, f"{name}, speed"] = [statistics.mean(base) / statistics.mean(own)]
+                shown[row, f"{name}, speed"] = [analysis.speed_up(base, own)]
     return shown, {name: value for name, value in targets.items() if value is not None}
 
 
@@ -761,42 +772,18 @@ def peak_memory(job: Job) -> float | None:
     return peak if status == 0 else None
 
 
-class Look(NamedTuple):
-    """What the clients of a run make of test images, after one more round of local training."""
-
-    maps: list[Tensor]  # stage -> CKA (K, K), clients in the order of their networks
-    names: list[str]  # of the clients in this order: id and network
-    features: dict[str, Tensor]  # network -> pooled stage 3 features (N, 512) of its first client
-    labels: Tensor  # (N,)
-
-
 @cache
-def look(folder: Path) -> Look:
-    """Run another round of a finished run, nothing of it kept, and look at its clients' stages."""
-    with redirect_stdout(pictures.nowhere()):
-        experiment, updates = analysis.one_more_round(folder)
-    dataset = experiment.data
-    rows = torch.linspace(0, len(dataset.y_test) - 1, min(LOOKED_AT, len(dataset.y_test))).long()
-    prepare = data.preparation(experiment.statistics)
-    order = sorted(updates, key=lambda k: (experiment.architectures.index(
-        experiment.clients[k].arch), k))
-    by_client = {}
-    for k in order:
-        net = experiment.network(experiment.clients[k].arch, updates[k].weights).eval()
-        batches = (prepare(dataset.x_test[part]) for part in rows.split(models.TEST_BATCH))
-        by_client[k] = analysis.stage_features(net, batches)
-    maps = [analysis.cka_map(stage) for stage in zip(*by_client.values())]
-    first = {arch: next(k for k in order if experiment.clients[k].arch == arch)
-             for arch in experiment.architectures}
-    return Look(maps, [f"{k}: {experiment.clients[k].arch}" for k in order],
-                {arch: by_client[k][3] for arch, k in first.items()}, dataset.y_test[rows])
+def look(folder: Path) -> analysis.Look:
+    """How alike the clients of a run see, found out once for all figures."""
+    return analysis.look(folder)
 
 
 def folder_of(lines: Sequence[dict], place: Place) -> Path:
+    """Of the first of these runs."""
     return RUNS / place.scale / lines[0]["id"]
 
 
-def similarity(table: Table, found: Found, place: Place) -> tuple[Values, dict[str, Look]]:
+def similarity(table: Table, found: Found, place: Place) -> tuple[Values, dict]:
     """Mean CKA between different clients by stage; and what was looked at, by row and column."""
     values, looks = {}, {}
     for (row, column), lines in found.items():
@@ -807,19 +794,6 @@ def similarity(table: Table, found: Found, place: Place) -> tuple[Values, dict[s
     return values, looks
 
 
-def scatter(features: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
-    """t-SNE of several sets of features (N, p) together, and their silhouette in the plane.
-
-    The silhouette is near 1 where the sets lie apart, near 0 where they are one cloud.
-    """
-    from sklearn.metrics import silhouette_score
-
-    placed = analysis.tsne(torch.cat(list(features.values())))
-    sizes = [len(part) for part in features.values()]
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    return dict(zip(features, placed.split(sizes))), float(silhouette_score(placed, owner))
-
-
 def scattered_clients(table: Table, found: Found, place: Place) -> tuple[Values, dict]:
     """Fig. 8: of one class, from a client with ResNet10, with ResNet14, with ResNet26."""
     values, panels = {}, {}
@@ -827,7 +801,7 @@ def scattered_clients(table: Table, found: Found, place: Place) -> tuple[Values,
         if lines:
             seen = look(folder_of(lines, place))
             members = (seen.labels == 0).nonzero().flatten()[:200]  # which class is not stated
-            panels[row], apart = scatter({arch: seen.features[arch][members] for arch in (
+            panels[row], apart = analysis.scatter({arch: seen.features[arch][members] for arch in (
                 "resnet10", "resnet14", "resnet26")})
             values[row, "silhouette of the clients"] = [apart]
     return values, panels
@@ -838,51 +812,34 @@ def scattered_architectures(table: Table, found: Found, place: Place) -> tuple[V
     values, panels = {}, {}
     for (row, _), lines in found.items():
         if lines:
-            features = look(folder_of(lines, place)).features
-            panels[row], apart = scatter({arch: part[:100] for arch, part in features.items()})
+            seen = look(folder_of(lines, place)).features
+            few = {arch: features[:100] for arch, features in seen.items()}
+            panels[row], apart = analysis.scatter(few)
             values[row, "silhouette of the architectures"] = [apart]
     return values, panels
-
-
-@cache
-def attack(folder: Path, data_dir: str, steps: int) -> tuple[dict, dict, Values]:
-    """Reconstruct eight images from their features, plain and with FedIN's noise (Sec. 4.3).
-
-    The images are test images that the network has not seen.  Returns rows of images, losses, and
-    for the table the last loss, PSNR and SSIM (images in 0..1).
-    """
-    settings = files.read_config(folder)
-    trained = files.trained_network(folder, "resnet18")
-    images = data.load(settings["dataset"], data_dir).x_test[:8]
-    truth, rows, losses, values = images / 255, {"true images": images}, {}, {}
-    with torch.inference_mode():
-        s_in = trained.net.extractor(trained.prepare(images)).clone()
-    for number, (name, level) in enumerate({"without noise": 0.0, f"noise {fedin.NOISE_LEVEL:g}":
-                                            fedin.NOISE_LEVEL}.items()):
-        rng = data.torch_stream(settings["seed"], data.FEATURE_NOISE, number)
-        sent = fedin.add_noise(s_in.clone(), level, rng)
-        found, losses[name] = analysis.reconstruct(trained.net.extractor, sent, images.shape, rng,
-                                                   steps=steps)
-        found = ((found * trained.deviation + trained.mean) / 255).clamp(0, 1)
-        rows[name] = (found * 255).byte()
-        values[name, "loss at the end"] = [losses[name][-1]]
-        values[name, "PSNR, dB"] = [float(analysis.psnr(found, truth).mean())]
-        values[name, "SSIM"] = [float(analysis.ssim(found, truth).mean())]
-    return rows, losses, values
 
 
 def attacked(table: Table, found: Found, place: Place) -> tuple[Values, tuple]:
     """The attack on the features of a run's ResNet18."""
     (lines,) = found.values()
-    if not lines:
-        return {}, ({}, {})
-    rows, losses, values = attack(folder_of(lines, place), place.data_dir,
-                                  ATTACK_STEPS[place.scale])
+    rows, losses, values, level = {}, {}, {}, fedin.NOISE_LEVEL
+    for name, level in {"without noise": 0.0, f"noise {level:g}": level}.items():
+        if lines:
+            rows["true images"], done = attack_on(folder_of(lines, place), place, level)
+            rows[name], losses[name] = done.images, done.losses
+            values[name, "loss at the end"] = [done.losses[-1]]
+            values[name, "PSNR, dB"], values[name, "SSIM"] = [done.psnr], [done.ssim]
     return values, (rows, losses)
 
 
+@cache
+def attack_on(folder: Path, place: Place, level: float) -> tuple[Tensor, analysis.Attack]:
+    """The attack at a scale, once for all figures."""
+    return analysis.attack(folder, place.data_dir, steps=ATTACK_STEPS[place.scale], level=level)
+
+
 def dealt_classes(table: Table, found: Found, place: Place) -> tuple[Values, Tensor]:
-    """AP-FL's Table 1, as --missing-classes 0.2 deals the classes of CIFAR-10 out; and the counts."""
+    """AP-FL's Table 1, as --missing-classes 0.2 deals out CIFAR-10's classes; images of each."""
     told = typed(Cell({"method": "fedavg", "setting": "apfl", "dataset": "cifar10",
                        "missing_classes": 0.2}), place, 0)
     experiment = run.prepare_experiment(run.resolve(told))
@@ -893,17 +850,16 @@ def dealt_classes(table: Table, found: Found, place: Place) -> tuple[Values, Ten
     return held, counts
 
 
-# ---------------------------------------------------------------------------------- putting together
+# --------------------------------------------------------------------------------- putting together
 
 def papers_numbers() -> dict[str, dict[tuple[str, str], tuple[Any, float | None]]]:
     """Table -> (row, column) -> the paper's value and, where it gives one, its deviation."""
     found: dict[str, dict] = {}
     with open(PAPERS, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
-            try:
-                value: Any = float(line["value"])
-            except ValueError:  # the classes of a client
-                value = line["value"]
+            value: Any = line["value"]  # the classes of a client, a round, or another number
+            if re.fullmatch(r"[\d.]+", value):
+                value = float(value) if "." in value else int(value)
             found.setdefault(line["table"], {})[line["row"], line["column"]] = (
                 value, float(line["deviation"]) if line["deviation"] else None)
     return found
@@ -919,8 +875,8 @@ def mean_and_deviation(values: Sequence) -> tuple[Any, float | None]:
 
 def number(value: Any, deviation: float | None = None) -> str:
     """As it stands in a table: three figures, with its deviation."""
-    if value is None or isinstance(value, str):
-        return value or "–"
+    if value is None or isinstance(value, (str, int)):
+        return "–" if value is None else str(value)
     digits = 1 if abs(value) >= 20 else 2
     text = f"{value:.{digits}f}"
     return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
@@ -969,18 +925,18 @@ def markdown(name: str, table: Table, values: Values, papers: Mapping, notes: Se
 
 def notes_of(table: Table, found: Found, place: Place, failed: Mapping[str, str],
              extra: Any) -> list[str]:
-    """What has to be said with numbers: scale, seeds, command, commits, machines, what is missing."""
+    """What has to be said with numbers: scale, seeds, command, commits, machines, what lacks."""
     settings = {cell.flags["setting"]: None for cell in table.cells.values()}
     scale = "; ".join(f"`--setting {name}` with " + (", ".join(
         f"{flag} {value}" for flag, value in SCALES[place.scale][name].items()) or "nothing else")
         for name in settings)
     lines = [line for those in found.values() for line in those]
+    commits, machines = (", ".join(sorted({line[what] for line in lines}))
+                         for what in ("commit", "machine"))
     seeds = 1 if table.networks else place.seeds
     said = [f"Scale **{place.scale}**: {scale or 'as run.py sets it'}. Seeds: "
             f"{', '.join(map(str, range(seeds)))}.",
-            f"`{place.command}`; runs of commit {', '.join(sorted({line['commit'] for line in lines}))}"
-            f" on {'; '.join(sorted({line['machine'] for line in lines}))}." if lines else
-            f"`{place.command}`; commit {commit()} on {machine()}."]
+            f"`{place.command}`; runs of commit {commits or commit()} on {machines or machine()}."]
     said += [f"{text[0].upper()}{text[1:]}." for text in stand_ins(table, place)]
     if place.scale != "paper" and any("-widths" in str(cell.flags.get("model", ""))
                                       for cell in table.cells.values()):
@@ -1023,8 +979,8 @@ def numbers(path, table: Table, values: Values, papers: Mapping, extra: Any, tit
     """The paper's numbers and ours, a panel a column."""
     columns: dict[str, dict] = {}
     for (row, column), of in values.items():
-        paper, (mean, deviation) = papers.get((row, column), (None, None))[0], mean_and_deviation(of)
-        columns.setdefault(column, {})[row] = paper, mean, deviation
+        paper, _ = papers.get((row, column), (None, None))
+        columns.setdefault(column, {})[row] = paper, *mean_and_deviation(of)
     pictures.draw_numbers(path, columns, "", title)
 
 
@@ -1053,7 +1009,7 @@ def stage_lines(path, table: Table, values: Values, papers: Mapping, extra: Mapp
     panels: dict[str, dict] = {}
     for (row, column), seen in extra.items():
         means = [analysis.mean_similarity(similar) for similar in seen.maps]
-        panels.setdefault(column, {})[row] = [str(stage) for stage in range(len(means))], means, None
+        panels.setdefault(column, {})[row] = list(map(str, range(len(means)))), means, None
     pictures.draw_lines(path, panels, ("stage", "mean CKA between clients"), title)
 
 
@@ -1131,8 +1087,8 @@ def listing(data_dir: str) -> str:
         lines += [f"{name:14}{len(jobs):>12}" + "".join(f"{each:>16}" for each in times),
                   f"    {table.title}"]
     return "\n".join([*lines, "", "Times are estimates for one core without the analyses, and "
-                      "tables share runs: of fedin-1 many others are parts.", "FedIN's Fig. 1 and 2 "
-                      "and AP-FL's Fig. 1 to 3 are drawings."])
+                      "tables share runs: many others need some of fedin-1's.", "FedIN's Fig. 1 "
+                      "and 2 and AP-FL's Fig. 1 to 3 are drawings."])
 
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -1145,7 +1101,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print all names and stop")
     parser.add_argument("--scale", choices=SCALES, default="smoke", help="rounds, clients, epochs "
                         "and images: smoke is to try it, paper the papers' own (smoke)")
-    parser.add_argument("--seeds", type=int, metavar="N", help="runs of each kind: seeds 0 to N - 1 "
+    parser.add_argument("--seeds", type=int, metavar="N", help="of each run: 0 to N - 1 "
                         "(3; 1 at the scale of smoke)")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (as many as cores);"
                         " 0: none, tables of the runs that are finished")
@@ -1174,7 +1130,7 @@ def chosen(names: Sequence[str], tables: Mapping[str, Table]) -> dict[str, Table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make what is asked for: 0, or 1 if a run failed, 2 if nothing could be done, 130 if stopped."""
+    """Make what is asked for; 0, 1 if a run failed, 2 if nothing can be done, 130 if stopped."""
     try:
         told = read_arguments(argv)
         if told.list:
@@ -1182,7 +1138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         words = sys.argv[1:] if argv is None else argv
         place = Place(told.scale, told.seeds or SEEDS[told.scale],
-                      run.num_cores() if told.jobs is None else told.jobs, told.data_dir, shlex.join(["python", "tables.py", *words]), told.only)
+                      run.num_cores() if told.jobs is None else told.jobs, told.data_dir,
+                      shlex.join(["python", "tables.py", *words]), tuple(told.only))
         tables = chosen(told.names, all_tables(told.scale))
         known = recorded(place)
         needed = {job.id: job for table in tables.values() for job in jobs_of(table, place)

@@ -10,6 +10,7 @@ Prints a line for each, and exits with status 1 if any differs.
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,10 +46,23 @@ def metrics(out: Path) -> str:
     return re.sub(TIMINGS, "", (out / "metrics.jsonl").read_text())
 
 
-def kill_one(process: subprocess.Popen, rng: random.Random) -> None:
-    """Kill one of the processes that torchrun has started."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    os.kill(rng.choice([int(line) for line in found.stdout.split()]), signal.SIGKILL)
+def start_and_kill(out: Path, flags: list[str], wait: float,
+                   rng: random.Random) -> subprocess.Popen:
+    """A run on two processes, of which one is killed some seconds after it has begun.
+
+    Where the run has ended by then, it begins anew and has half the time.
+    """
+    while True:
+        process = start(2, out, *flags)
+        wait_for(out / "config.json", process)
+        time.sleep(wait)
+        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+        if found.stdout:
+            os.kill(rng.choice([int(line) for line in found.stdout.split()]), signal.SIGKILL)
+            return process
+        process.communicate()
+        shutil.rmtree(out)
+        wait /= 2
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> float:
@@ -69,10 +83,7 @@ def check(name: str, folder: Path, rng: random.Random) -> bool:
         alike.append(metrics(folder / str(processes)) == metrics(folder / "1"))
     for processes in (1, 3):
         out = folder / f"killed-{processes}"
-        process = start(2, out, *FLAGS[name])
-        wait_for(out / "config.json", process)
-        time.sleep(rng.uniform(0.2, 0.7) * length)
-        kill_one(process, rng)
+        process = start_and_kill(out, FLAGS[name], rng.uniform(0.2, 0.7) * length, rng)
         _, error = process.communicate()
         said = len(re.findall(r"^error: ", error, re.MULTILINE))
         done = (out / "metrics.jsonl").read_text().count("\n") if (

@@ -695,6 +695,19 @@ def test_images_held_out_for_the_server_are_no_clients():
         lambda: data.choose_images(labels, 0, train_images=1438))
 
 
+def test_fewer_test_images_are_class_balanced_and_change_nothing_else():
+    digits = data.load("digits")
+    whole, few = (data.share_out(digits, 5, 3, test_images=count) for count in (None, 100))
+    assert len(whole.data.y_test) == 360 and few.data.y_test.bincount().tolist() == [10] * 10
+    assert all(map(torch.equal, whole.parts, few.parts))
+    assert torch.equal(whole.statistics[0], few.statistics[0])
+    assert sorted(torch.cat(few.test_shares).tolist()) == list(range(100))
+    same = [int((digits.x_test == image).flatten(1).all(dim=1).sum()) for image in few.data.x_test]
+    assert min(same) > 0
+    assert "--test-images 361 is more than the 360 test images" in complaint(
+        lambda: data.share_out(digits, 5, 3, test_images=361))
+
+
 @pytest.mark.parametrize("options", [
     {"partition": "iid"}, {"alpha": 0.3}, {"partition": "pathological", "classes_per_client": 3},
     {"missing_classes": 0.2}, {"train_images": 300}])

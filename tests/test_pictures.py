@@ -64,6 +64,74 @@ def test_the_curve_over_beta_tells_clients_that_took_part_from_dropouts(drawn, t
     assert labels[1] == ["whole test set", "this run, 0.1"]
 
 
+def labels_of(axes) -> list[str]:
+    return [text.get_text() for text in axes.get_yticklabels()]
+
+
+def test_numbers_are_a_panel_a_column_with_the_papers_beside_ours(drawn, tmp_path):
+    numbers = {f"column {i}": {"a": (50.0, 30.0, 2.0), "b": (None, 20.0, None),
+                               "c": (40.0, None, None)} for i in range(5)}
+    pictures.draw_numbers(tmp_path / "n.png", numbers, "accuracy", "title " * 40)
+    figure = drawn[0]
+    assert [axes.get_title() for axes in figure.axes] == list(numbers)
+    assert labels_of(figure.axes[0]) == ["a", "b", "c"]
+    marks = {(float(line.get_xdata()[0]), float(line.get_ydata()[0]))
+             for line in figure.axes[4].lines if len(line.get_xdata()) == 1}
+    assert {(50, 0), (30, 0), (20, 1), (40, 2)} <= marks
+    (legend,) = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == {"paper", "ours"}
+    assert "\n" in figure.get_suptitle()  # wrapped to the width
+
+
+def test_lines_have_bands_stars_and_targets_and_words_stand_at_equal_distances(drawn, tmp_path):
+    names = [f"method {i}" for i in range(12)]
+    lines = {"A": {name: ([1, 2], [10.0 + i, 20.0 + i], [1.0, 2.0])
+                   for i, name in enumerate(names)},
+             "B": {"method 3": (["16", "512"], [1, 2], None)}}
+    pictures.draw_lines(tmp_path / "l.png", lines, ("round", "accuracy, %"), "title",
+                        ends={("A", "method 0"): 44.0}, targets={"A": 15.0})
+    first, second = drawn[0].axes
+    drawn_lines = {line.get_label(): line for line in first.lines}
+    assert drawn_lines["method 11"].get_ydata().tolist() == [21, 31]
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker(), line.get_fillstyle())
+             for name, line in drawn_lines.items() if name in names}
+    assert len(looks) == 12 and len(first.collections) == 12  # all can be told apart
+    assert [44.0] in [line.get_ydata().tolist() if hasattr(line.get_ydata(), "tolist")
+                      else list(line.get_ydata()) for line in first.lines]
+    assert drawn_lines["target"].get_ydata()[0] == 15
+    assert second.lines[0].get_xdata().tolist() == [0, 1]
+    assert [text.get_text() for text in second.get_xticklabels()] == ["16", "512"]
+    assert second.lines[0].get_color() == drawn_lines["method 3"].get_color()
+
+
+def test_maps_share_their_colours(drawn, tmp_path):
+    maps = {name: torch.tensor([[1.0, off], [off, 1.0]]) for name, off in (("A", 0.2), ("B", 0.9))}
+    for options in ({"limits": (0, 1)}, {"columns": 1}):
+        pictures.draw_maps(tmp_path / "m.png", maps, ["0: cnn", "1: cnn"], "CKA", "title", **options)
+    for figure, limits in zip(drawn, ((0, 1), (pytest.approx(0.2), 1))):
+        first, second = figure.axes[:2]
+        assert labels_of(first) == ["0: cnn", "1: cnn"]
+        assert first.images[0].get_clim() == second.images[0].get_clim() == limits
+    assert figure.axes[2].get_ylabel() == "CKA"
+
+
+def test_points_and_images_are_where_they_belong(drawn, tmp_path):
+    at = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    pictures.draw_points(tmp_path / "p.png", {"A": {"x": at, "y": at + 1}, "B": {"x": at}}, "title")
+    assert drawn[0].axes[0].collections[1].get_offsets().tolist() == [[2, 3], [4, 5]]
+    images = {"true": torch.zeros(2, 3, 4, 4, dtype=torch.uint8),
+              "found": torch.full((2, 3, 4, 4), 7, dtype=torch.uint8)}
+    images["true"][1] = 9
+    for losses in ({"plain": [1.0, 0.5]}, {}):
+        pictures.draw_reconstruction(tmp_path / "r.png", images, losses, "title")
+    for figure, extra in zip(drawn[1:], (1, 0)):
+        first, second = figure.axes[extra:]
+        assert first.images[0].get_array().shape == (4, 8, 3)
+        assert (first.images[0].get_array()[:, 4:] == 9).all() and first.get_ylabel() == "true"
+        assert (second.images[0].get_array() == 7).all()
+    assert drawn[1].axes[0].lines[0].get_ydata().tolist() == [1, 0.5]
+
+
 def test_the_table_of_a_partition_has_a_row_a_client_and_says_what_is_missing():
     text = pictures.partition_table([[5, 0, 0], [0, 12, 0]], ["cnn", "resnet10"],
                                     ["cat", "dog", "frog"], ["dog"], [1])

@@ -647,6 +647,7 @@ def test_global_generators_are_left_alone(tmp_path):
     ("--train-images 30 --clients 10", "no Dirichlet(0.5) split of 30 images"),
     ("--train-images 5 --clients 10 --partition iid", "use fewer --clients or more images"),
     ("--train-images 2000", "more than the 1437 training images"),
+    ("--test-images 2000", "more than the 360 test images"),
     ("--clients 200", "no Dirichlet(0.5) split of 1437 images"),
     ("--partition pathological --classes-per-client 11", "more than the 10 classes"),
     ("--device quantum", "--device quantum cannot be used"),
@@ -846,13 +847,14 @@ def test_bfloat16_is_of_the_training_alone(tmp_path):
         assert kinds <= {torch.float32, torch.int64}
 
 
-def test_a_switch_that_an_older_run_did_not_have_was_off(tmp_path):
+def test_what_an_older_run_did_not_have_was_off(tmp_path):
     flags = [*CNN, "--method", "fedavg", "--rounds", "1"]
     go(tmp_path, *flags)
     (tmp_path / "config.json").write_text(json.dumps(
-        {name: value for name, value in config(tmp_path).items() if name != "amp"}))
+        {name: value for name, value in config(tmp_path).items()
+         if name not in ("amp", "test_images")}))
     assert len(go(tmp_path, "--resume", "--rounds", "2")) == 2
-    assert config(tmp_path)["amp"] is False
+    assert config(tmp_path)["amp"] is False and config(tmp_path)["test_images"] is None
 
 
 def test_models_can_be_copied_alone(tmp_path):
@@ -880,7 +882,8 @@ def test_every_function_is_short_and_has_a_docstring():
 def test_the_documents_name_only_flags_that_exist():
     known = {baselines.typed_as(name) for name in run.FLAGS} | {"--help", "--methods"}
     added = {"--server-lr",  # by the example of a new method
-             "--nproc-per-node", "--nnodes"}  # of torchrun
+             "--nproc-per-node", "--nnodes",  # of torchrun
+             "--list", "--scale", "--seeds", "--jobs", "--only"}  # of tables.py
     for name in ("README.md", "PAPERS.md", "RESULTS.md"):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / name).read_text()))
         assert named - known <= added, name
