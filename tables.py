@@ -759,7 +759,7 @@ def overheads(table: Table, found: Found, place: Place) -> tuple[Values, None]:
         sent = run.num_participants(job.settings) * job.settings["rounds"]
         values[row, "measured: MB up a client, round"] = [
             line["result"]["upload_mb"] / sent for line in lines]
-        values[row, "measured: peak of the process, GiB"] = [peak_memory(job)]
+        values[row, "measured: peak of the process, GiB"] = [peak_memory(job) for _ in lines[:1]]
     return values, None
 
 
@@ -1048,13 +1048,15 @@ def make(name: str, table: Table, place: Place, failed: Mapping[str, str]) -> st
         seeds = range(1 if table.networks else place.seeds)
         ids = [job_of(cell, place, seed).id for seed in seeds]
         found[key] = [known[each] for each in ids if each in known]
+    if table.cells and not any(found.values()):
+        return f"{name}: no run is finished"
     values, extra = table.measure(table, found, place)
     papers = papers_numbers().get(name, {})
     text = markdown(name, table, values, papers, notes_of(table, found, place, failed, extra))
     place.results.mkdir(parents=True, exist_ok=True)
     data.write_atomically(place.results / f"{name}.md", lambda file: file.write(text.encode()))
     write_csv(place.results / f"{name}.csv", name, values, papers, place.scale)
-    if values:
+    if any(values.values()):
         data.write_atomically(place.results / f"{name}.png", lambda file: table.draw(
             file, table, values, papers, extra, f"{table.title} (scale: {place.scale})"))
     return text
@@ -1146,7 +1148,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                   if table.networks or job.id not in known}
         failed = run_missing(list(needed.values()), place) if place.jobs > 0 else {}
         for name, table in tables.items():
-            print(f"\n{make(name, table, place, failed)}", flush=True)
+            try:
+                print(f"\n{make(name, table, place, failed)}", flush=True)
+            except (ValueError, OSError) as error:  # the others can be made all the same
+                failed[name] = str(error)
+                print(f"\n{name}: {error}", flush=True)
         print(f"written to {place.results}")
         return 1 if failed else 0
     except KeyboardInterrupt:
