@@ -132,7 +132,7 @@ def panels(figure, names: Sequence[str], columns: int = PANELS, **shared: object
     for axes in grid[len(names):]:
         axes.remove()
     for name, axes in zip(names, grid):
-        axes.set_title(name, fontsize="medium", parse_math=False)
+        axes.set_title(name, fontsize=9, parse_math=False)
     return dict(zip(names, grid))
 
 
@@ -201,8 +201,8 @@ def draw_lines(path: Path | BinaryIO, lines: Mapping[str, Mapping[str, Line]], l
                 axes.plot(at[-1], ends[panel, name], "*", markersize=11, color=style["color"])
         if panel in targets:
             axes.axhline(targets[panel], color="gray", linestyle=":", label="target")
-            if all(isinstance(value, int) for value in x):
-                axes.xaxis.get_major_locator().set_params(integer=True)
+        if all(isinstance(value, int) for x, *_ in lines[panel].values() for value in x):
+            axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel=labels[0], ylabel=labels[1])
         axes.grid(alpha=0.3)
     finish(figure, path, title, "outside right")

@@ -31,7 +31,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
 from multiprocessing.connection import wait as wait_for_any
@@ -168,8 +168,11 @@ def fedin_tables(scale: str) -> dict[str, Table]:
     apart = several("FedAvg, FedProx, Scaffold, FedNova, MOON", aggregation="per-architecture")
     apart |= several("InclusiveFL") | several("FedIN", aggregation="per-architecture")
     noise = {f"noise {level:g}": {"method": "fedin", "noise": level} for level in LEVELS}
+    stages = {name: value for name, value in SCALES[scale]["apfl"].items() if name in STAGES}
     ours = {"Local": {"method": "local"}, **methods, **{f"{name}, CNN": {
-        "method": name.lower(), "model": "cnn"} for name in ("FedAvg", "FedGen", "FedDF")}}
+        "method": name.lower(), "model": "cnn"} for name in ("FedAvg", "FedAvg-FT", "FedGen",
+                                                             "FedDF")},
+            "AP-FL, CNN": {"method": "apfl", "model": "cnn", **stages}}
     return {
         "fedin-1": Table("FedIN, Table 1: accuracy, %; rounds to the target in non-IID, and how "
                          "many times fewer than FedAvg", cells("fedin", methods, columns_of(sets)),
@@ -536,11 +539,13 @@ def run_missing(jobs: Sequence[Job], place: Place) -> dict[str, str]:
     for job in jobs:
         if is_finished(job.folder) and job.id not in known:  # and was stopped before it was said
             record(job, place)
+    if not left:
+        return failed
     cost = {job.id: seconds(job.settings) for job in left}
     groups: dict[str, list[Job]] = {}
     for job in sorted(left, key=lambda job: (job.settings["seed"], -cost[job.id])):
         groups.setdefault(job.rounds, []).append(job)
-    bar = pictures.watch(None, "", "s", total=round(sum(cost.values())) or None,
+    bar = pictures.watch(None, "", "s", total=round(sum(cost.values())),
                          bar_format="{desc}{percentage:3.0f} % [{elapsed}, {remaining} left]")
     going: dict = {}
     with pool_of(place.jobs) as pool:
@@ -1158,10 +1163,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: stopped; the same command goes on", file=sys.stderr)
         return 130
+    except BrokenExecutor:
+        print("error: a process that makes runs was killed, perhaps since the memory was full: the "
+              "same command goes on; fewer --jobs need less", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         print(files.one_line(f"error: {error}"), file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = pictures.Display(sys.stdout), pictures.Display(sys.stderr)
     sys.exit(main())

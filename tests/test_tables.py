@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from filelock import FileLock
@@ -102,6 +103,22 @@ def test_what_is_stopped_says_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(tables, "run_missing", stop)
     assert tables.main(["fedin-fig10"]) == 130
     assert capsys.readouterr().err == "error: stopped; the same command goes on\n"
+
+
+def test_a_worker_that_is_killed_is_told_in_a_line(monkeypatch, capsys):
+    def die(*_):
+        raise BrokenProcessPool("a child process terminated abruptly")
+
+    monkeypatch.setattr(tables, "run_missing", die)
+    assert tables.main(["fedin-fig10"]) == 2
+    error = capsys.readouterr().err
+    assert "fewer --jobs" in error and error.count("\n") == 1
+
+
+def test_of_what_was_not_run_nothing_is_written(capsys):
+    assert tables.main(["fedin-2", "fedin-fig7", "fedin-fig10", "--jobs", "0"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("no run is finished") == 4 and not tables.RESULTS.exists()
 
 
 @pytest.mark.parametrize("words, said", [
