@@ -318,7 +318,8 @@ class Attack(NamedTuple):
     """What came of an attack on features."""
 
     images: Tensor  # as reconstructed, (N, C, H, W) uint8
-    losses: list[float]  # by step
+    losses: list[float]  # by step; what lies outside the extractor's range stays in them:
+    noise: float  # its variance, (level sigma)^2, bounds that
     psnr: float  # in decibels, mean over the images
     ssim: float
 
@@ -334,10 +335,12 @@ def attack(folder: str | Path, data_dir: str, *, steps: int, level: float,
     settings = files.read_config(Path(folder))
     trained = files.trained_network(folder, "resnet18")
     images = data.load(settings["dataset"], data_dir).x_test[:count]
-    rng = data.torch_stream(settings["seed"], data.FEATURE_NOISE)
+    noise, start = (data.torch_stream(settings["seed"], purpose)
+                    for purpose in (data.FEATURE_NOISE, data.NOISE))
     with torch.no_grad():
-        s_in = fedin.add_noise(trained.net.extractor(trained.prepare(images)), level, rng)
-    found, losses = reconstruct(trained.net.extractor, s_in, images.shape, rng, steps=steps)
+        s_in = trained.net.extractor(trained.prepare(images))
+        sent = fedin.add_noise(s_in, level, noise)
+    found, losses = reconstruct(trained.net.extractor, sent, images.shape, start, steps=steps)
     found, truth = ((found * trained.deviation + trained.mean) / 255).clamp(0, 1), images / 255
-    return images, Attack((found * 255).round().byte(), losses,
+    return images, Attack((found * 255).round().byte(), losses, float(level * s_in.std()) ** 2,
                           float(psnr(found, truth).mean()), float(ssim(found, truth).mean()))

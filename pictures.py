@@ -185,15 +185,16 @@ def draw_lines(path: Path | BinaryIO, lines: Mapping[str, Mapping[str, Line]], l
     names = list(dict.fromkeys(name for panel in lines.values() for name in panel))
     figure = new_figure(2.4 + 3.4 * min(PANELS, len(lines)), 3.4 * -(-len(lines) // PANELS))
     for panel, axes in panels(figure, list(lines)).items():
+        words = list(dict.fromkeys(word for x, *_ in lines[panel].values() for word in x))
         for name, (x, y, deviation) in lines[panel].items():
             number = names.index(name)
             style = {"color": COLOURS[number % len(COLOURS)],
                      "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
-            at = range(len(x)) if isinstance(x[0], str) else x
+            at = [words.index(word) for word in x] if isinstance(x[0], str) else x
             axes.plot(at, y, marker=MARKERS[number % len(MARKERS)], markersize=4,
                       fillstyle="none" if number >= len(COLOURS) else "full", label=name, **style)
             if at is not x:
-                axes.set_xticks(at, x, parse_math=False)
+                axes.set_xticks(range(len(words)), words, parse_math=False)
             if deviation is not None:
                 low, high = (np.add(y, sign * np.asarray(deviation)) for sign in (-1, 1))
                 axes.fill_between(at, low, high, color=style["color"], alpha=0.12, linewidth=0)

@@ -22,7 +22,6 @@ import multiprocessing
 import os
 import platform
 import re
-import resource
 import shlex
 import signal
 import statistics
@@ -102,7 +101,7 @@ class Table(NamedTuple):
 
     title: str
     cells: Cells
-    measure: Callable  # (table, found, scale) -> Values and what draw needs besides
+    measure: Callable  # (table, found, place) -> Values, and what draw needs besides
     draw: Callable  # (path, table, values, papers, extra, title)
     networks: bool = False  # whether measure needs trained networks, so the runs' folders: one seed
 
@@ -111,7 +110,7 @@ SETS = {"Fashion-MNIST": "fashionmnist", "SVHN": "svhn", "CIFAR-10": "cifar10",
         "CIFAR-100": "cifar100", "EMNIST": "emnist"}
 SPLITS = {"IID": {"partition": "iid"}, "Non-IID": {"partition": "dirichlet", "alpha": 0.5}}
 TARGETS = {"Fashion-MNIST": 85, "SVHN": 80, "CIFAR-10": 60}  # FedIN, Table 1
-LEVELS = (0, 0.1, 0.2, 0.5, 0.8, 1, 2, 3, 5)  # FedIN, Table 6
+LEVELS = (0.0, 0.1, 0.2, 0.5, 0.8, 1.0, 2.0, 3.0, 5.0)  # FedIN, Table 6
 FEATURES = (8, 16, 32, 64, 128)  # FedIN, Fig. 6c
 BATCHES = (1, 2, 3, 4, 5)  # FedIN, Fig. 6d, whose axis is not readable in our copy
 NOISE_DIMS = (20, 100, 400, 512)  # AP-FL, Fig. 5
@@ -165,8 +164,8 @@ def fedin_tables(scale: str) -> dict[str, Table]:
 
     counts = {f"{split}, {count} clients": {"dataset": "cifar10", "clients": own, **flags}
               for split, flags in SPLITS.items() for count, own in CLIENTS[scale].items()}
-    apart = several("FedAvg, FedProx, Scaffold, FedNova, MOON", aggregation="per-architecture")
-    apart |= several("InclusiveFL") | several("FedIN", aggregation="per-architecture")
+    apart = several("FedAvg, FedProx, Scaffold, FedNova, MOON, InclusiveFL, FedIN",
+                    aggregation="per-architecture")
     noise = {f"noise {level:g}": {"method": "fedin", "noise": level} for level in LEVELS}
     stages = {name: value for name, value in SCALES[scale]["apfl"].items() if name in STAGES}
     ours = {"Local": {"method": "local"}, **methods, **{f"{name}, CNN": {
@@ -201,17 +200,18 @@ def fedin_figures(scale: str) -> dict[str, Table]:
     methods = fedin_methods(scale)
     three = {name: methods[name] for name in ("FedAvg", "InclusiveFL", "FedIN")}
     non_iid = columns_of(["CIFAR-10"], {"Non-IID": SPLITS["Non-IID"]})
-    some = {name: cells("fedin", {name: three[name]}, non_iid) for name in three}
     ((_, skewed),) = non_iid.items()
     sizes = {str(size): skewed | {"feature_batch_size": size} for size in FEATURES}
     batches = {str(count): skewed | {"feature_batches": count} for count in BATCHES}
     own = {"FedIN": methods["FedIN"]}
+    both = cells("fedin", {"without noise": methods["FedIN"],
+                           "with noise": methods["FedIN (+Noise)"]}, non_iid)
     return {
         "fedin-fig3": Table("FedIN, Fig. 3: features s_out of five architectures, t-SNE; after "
-                            "local training in FedAvg", some["FedAvg"],
+                            "local training in FedAvg", cells("fedin", {"FedAvg": three["FedAvg"]}, non_iid),
                             scattered_architectures, points, networks=True),
-        "fedin-fig4": Table("FedIN, Fig. 4: images reconstructed from features", some["FedIN"],
-                            attacked, partial(reconstructed, False), networks=True),
+        "fedin-fig4": Table("FedIN, Fig. 4: images reconstructed from features", both, attacked,
+                            partial(reconstructed, False), networks=True),
         "fedin-fig5": Table("FedIN, Fig. 5: smoothed accuracy, non-IID CIFAR-10",
                             cells("fedin", methods, non_iid), over_rounds, curves),
         "fedin-fig6ab": Table("FedIN, Fig. 6a and 6b: mean CKA between clients, by stage", cells(
@@ -229,7 +229,7 @@ def fedin_figures(scale: str) -> dict[str, Table]:
         "fedin-fig9": Table("FedIN, Fig. 9: smoothed accuracy, ablations, non-IID CIFAR-10",
                             cells("fedin", ABLATIONS, non_iid), over_rounds, curves),
         "fedin-fig10": Table("FedIN, Fig. 10: reconstruction from features, with and without noise",
-                             some["FedIN"], attacked, partial(reconstructed, True), networks=True)}
+                             both, attacked, partial(reconstructed, True), networks=True)}
 
 
 def apfl_tables(scale: str) -> dict[str, Table]:
@@ -362,7 +362,8 @@ def embeddings(encoder: str | None, name: str, place: Place) -> str:
     path = RUNS / "smoke" / f"random-{encoder or 'clip'}-{name}.npz"
     if not path.exists():
         names = data.load(dataset(name, place), place.data_dir).classes
-        rng = np.random.default_rng([len(encoder or "clip"), len(names)])
+        number = ("clip", "bert", "word2vec").index(encoder or "clip")
+        rng = np.random.default_rng([number, len(names)])
         vectors = rng.normal(size=(len(names), 16))
         path.parent.mkdir(parents=True, exist_ok=True)
         data.write_atomically(path, lambda file: np.savez(file, classes=names, embeddings=vectors))
@@ -441,7 +442,7 @@ def is_finished(folder: Path) -> bool:
 def arguments(job: Job, known: Sequence[Job]) -> list[str]:
     """What to tell run.py: to begin, or to go on with what is there.
 
-    known: other runs, of whose rounds a new one may begin if they are the same
+    known: other runs, after whose rounds a new one begins if they are the same
     """
     if not (job.folder / "config.json").exists():
         others = (other for other in known if other.rounds == job.rounds and other.id != job.id
@@ -490,23 +491,29 @@ def begin_worker(jobs: int) -> None:
         number = int(multiprocessing.current_process().name.rpartition("-")[2])
         os.sched_setaffinity(0, cores[number % jobs::jobs] or cores)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # but while it makes a run, see do
+    signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def do(argv: Sequence[str], log: Path) -> tuple[int, str, float]:
-    """Run run.py in this process: its exit status, what it said last, peak memory in GiB.
+_stopped, _running = threading.Event(), threading.Event()  # of a process that makes runs
 
-    SIGTERM is to the run what Ctrl-C is to one that is alone.
-    """
-    def stop(*_: object) -> None:
+
+def stop(*_: object) -> None:
+    """End the run that is going, as Ctrl-C would, and begin no other: what SIGTERM does."""
+    _stopped.set()
+    if _running.is_set():
         raise KeyboardInterrupt
 
+
+def do(argv: Sequence[str], log: Path) -> tuple[int, str, float]:
+    """Run run.py in this process: its exit status, what it said last, peak memory in GiB."""
+    if _stopped.is_set():
+        return 130, "stopped", 0.0
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        signal.signal(signal.SIGTERM, stop)
+        _running.set()
         status = run.main(list(argv))
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _running.clear()
     last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
     return status, last[0] if last else "", peak_so_far()
 
@@ -516,6 +523,8 @@ def peak_so_far() -> float:
     status = Path("/proc/self/status")  # the other source counts what its parent had
     if status.exists():
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 2**20
+    import resource  # which Windows has not
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(
         30 if sys.platform == "darwin" else 20)
 
@@ -525,10 +534,11 @@ def pool_of(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), begin_worker, (jobs,))
 
 
-def run_missing(jobs: Sequence[Job], place: Place) -> dict[str, str]:
+def run_missing(jobs: Sequence[Job], siblings: Sequence[Job], place: Place) -> dict[str, str]:
     """Make the runs that are not finished, place.jobs at a time; what went wrong, by run.
 
-    Of runs with the same rounds the first goes ahead, and the others begin where those end.
+    Of runs with the same rounds the first goes ahead, and the others begin where those end, as they
+    do where those of siblings end, other runs that may be there.
     """
     lacking = {name: reason for name in {job.settings["dataset"] for job in jobs}
                if (reason := absent(name, place))}
@@ -552,7 +562,8 @@ def run_missing(jobs: Sequence[Job], place: Place) -> dict[str, str]:
         def begin(group: list[Job]) -> None:
             if group:
                 job = group.pop(0)
-                work = pool.submit(do, arguments(job, jobs), job.folder.with_suffix(".log"))
+                argv = arguments(job, [*jobs, *siblings])
+                work = pool.submit(do, argv, job.folder.with_suffix(".log"))
                 going[work] = job, group
 
         try:
@@ -631,7 +642,7 @@ def seconds(settings: Mapping[str, Any]) -> float:
 # ------------------------------------------------------------------- what came of runs, in one file
 
 def record(job: Job, place: Place) -> None:
-    """Add a line on a finished run to runs.jsonl: settings, results, commit, machine."""
+    """Add a line on a finished run to runs.jsonl: command, commit, machine, results."""
     lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
     line = {"id": job.id, "command": shlex.join(["python", "run.py", *command_line(job.typed)]),
             "commit": commit(), "machine": machine(),
@@ -639,15 +650,22 @@ def record(job: Job, place: Place) -> None:
             "rounds": [entry["round"] for entry in lines],
             "accuracy": [files.in_round(entry) for entry in lines]}
     place.results.mkdir(parents=True, exist_ok=True)
-    with open(place.results / "runs.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    path = place.results / "runs.jsonl"
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n" * torn + json.dumps(line) + "\n")
 
 
 def recorded(place: Place) -> dict[str, dict]:
-    """Run -> its line in runs.jsonl, the last if there are several."""
-    path = place.results / "runs.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {line["id"]: line for line in map(json.loads, lines)}
+    """Run -> its line in runs.jsonl, the last if there are several; a torn line is none."""
+    path, found = place.results / "runs.jsonl", {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        found[line["id"]] = line
+    return found
 
 
 @cache
@@ -690,7 +708,8 @@ def mean_curves(found: Found) -> dict[tuple[str, str], tuple[list, list, list]]:
     for key, lines in found.items():
         if lines:
             by_seed = np.array([analysis.smoothed(line["accuracy"]) for line in lines])
-            curves[key] = lines[0]["rounds"], by_seed.mean(axis=0), by_seed.std(axis=0)
+            spread = by_seed.std(axis=0, ddof=1) if len(lines) > 1 else 0 * by_seed[0]
+            curves[key] = lines[0]["rounds"], by_seed.mean(axis=0), spread
     return curves
 
 
@@ -825,15 +844,16 @@ def scattered_architectures(table: Table, found: Found, place: Place) -> tuple[V
 
 
 def attacked(table: Table, found: Found, place: Place) -> tuple[Values, tuple]:
-    """The attack on the features of a run's ResNet18."""
-    (lines,) = found.values()
-    rows, losses, values, level = {}, {}, {}, fedin.NOISE_LEVEL
-    for name, level in {"without noise": 0.0, f"noise {level:g}": level}.items():
+    """The attack on the features of a run's ResNet18, with the noise that it was trained with."""
+    rows, losses, values = {}, {}, {}
+    for (row, column), lines in found.items():
         if lines:
+            level = table.cells[row, column].flags.get("noise", 0.0)
             rows["true images"], done = attack_on(folder_of(lines, place), place, level)
-            rows[name], losses[name] = done.images, done.losses
-            values[name, "loss at the end"] = [done.losses[-1]]
-            values[name, "PSNR, dB"], values[name, "SSIM"] = [done.psnr], [done.ssim]
+            rows[row], losses[row] = done.images, done.losses
+            values[row, "loss at the end"] = [done.losses[-1]]
+            values[row, "variance of the noise"] = [done.noise]
+            values[row, "PSNR, dB"], values[row, "SSIM"] = [done.psnr], [done.ssim]
     return values, (rows, losses)
 
 
@@ -875,7 +895,7 @@ def mean_and_deviation(values: Sequence) -> tuple[Any, float | None]:
     there = [value for value in values if value is not None]
     if not there or isinstance(there[0], str):
         return (there[0] if there else None), None
-    return statistics.mean(there), statistics.pstdev(there) if len(there) > 1 else None
+    return statistics.mean(there), statistics.stdev(there) if len(there) > 1 else None
 
 
 def number(value: Any, deviation: float | None = None) -> str:
@@ -891,8 +911,10 @@ def agreement(values: Values, papers: Mapping) -> dict[str, tuple[int, int]]:
     """Column -> of how many pairs of rows our order is the paper's, and of how many."""
     found = {}
     for column in dict.fromkeys(column for _, column in values):
-        both = [(papers[key][0], mean_and_deviation(of)[0]) for key, of in values.items()
-                if key[1] == column and key in papers]
+        never = float("inf")  # a round that was not reached
+        both = [(papers[key][0], never if of and of.count(None) == len(of)
+                 else mean_and_deviation(of)[0])
+                for key, of in values.items() if key[1] == column and key in papers]
         both = [pair for pair in both if all(isinstance(each, (int, float)) for each in pair)]
         alike, pairs = analysis.in_order(*zip(*both)) if len(both) > 1 else (0, 0)
         if pairs:
@@ -909,7 +931,10 @@ def markdown(name: str, table: Table, values: Values, papers: Mapping, notes: Se
     across = len(columns) <= 12  # else a line a column, as the paper has its long tables
 
     def cell(row: str, column: str) -> str:
-        ours = number(*mean_and_deviation(values.get((row, column), [])))
+        of = values.get((row, column), [])
+        ours, there = number(*mean_and_deviation(of)), sum(value is not None for value in of)
+        if 0 < there < len(of):  # a target that not every seed reached
+            ours += f" ({there} of {len(of)})"
         if not papers:
             return ours
         return f"{number(*papers.get((row, column), (None, None)))} / {ours}"
@@ -938,10 +963,12 @@ def notes_of(table: Table, found: Found, place: Place, failed: Mapping[str, str]
     lines = [line for those in found.values() for line in those]
     commits, machines = (", ".join(sorted({line[what] for line in lines}))
                          for what in ("commit", "machine"))
-    seeds = 1 if table.networks else place.seeds
+    seeds = seeds_of(table, place)
     said = [f"Scale **{place.scale}**: {scale or 'as run.py sets it'}. Seeds: "
             f"{', '.join(map(str, range(seeds)))}.",
-            f"`{place.command}`; runs of commit {commits or commit()} on {machines or machine()}."]
+            f"`{place.command}`; runs of commit {commits or commit()} on {machines or machine()}."
+            + (f" Analyses of commit {commit()}, after one more round (but the attack)."
+               if table.networks else "")]
     said += [f"{text[0].upper()}{text[1:]}." for text in stand_ins(table, place)]
     if place.scale != "paper" and any("-widths" in str(cell.flags.get("model", ""))
                                       for cell in table.cells.values()):
@@ -956,7 +983,8 @@ def notes_of(table: Table, found: Found, place: Place, failed: Mapping[str, str]
             f"{own} for {theirs}" for theirs, own in CLIENTS[place.scale].items()) + ".")
     lacking = [f"{row} / {column}" for (row, column), those in found.items() if len(those) < seeds]
     if lacking:
-        reasons = "; ".join(dict.fromkeys(failed.values())) or "not run"
+        reasons = "; ".join(dict.fromkeys(failed[job.id] for job in jobs_of(table, place)
+                                          if job.id in failed)) or "not run"
         said.append(f"Lacking runs: {', '.join(lacking[:6])}"
                     + (f" and {len(lacking) - 6} more" if len(lacking) > 6 else "")
                     + f" ({reasons}).")
@@ -1050,8 +1078,7 @@ def make(name: str, table: Table, place: Place, failed: Mapping[str, str]) -> st
     """Write what comes of a table's runs to results/SCALE; returns the Markdown."""
     known, found = recorded(place), {}
     for key, cell in table.cells.items():
-        seeds = range(1 if table.networks else place.seeds)
-        ids = [job_of(cell, place, seed).id for seed in seeds]
+        ids = [job_of(cell, place, seed).id for seed in range(seeds_of(table, place))]
         found[key] = [known[each] for each in ids if each in known]
     if table.cells and not any(found.values()):
         return f"{name}: no run is finished"
@@ -1067,13 +1094,18 @@ def make(name: str, table: Table, place: Place, failed: Mapping[str, str]) -> st
     return text
 
 
+def seeds_of(table: Table, place: Place) -> int:
+    """How many seeds a table takes; 1 where it looks into networks, or has no runs."""
+    return 1 if table.networks or not table.cells else place.seeds
+
+
 def jobs_of(table: Table, place: Place) -> list[Job]:
     """The runs that a table needs, each once."""
     found = {}
     for key, cell in table.cells.items():
         if place.only and not any(text in name for text in place.only for name in key):
             continue
-        for seed in range(1 if table.networks else place.seeds):
+        for seed in range(seeds_of(table, place)):
             job = job_of(cell, place, seed)
             found[job.id] = job
     return list(found.values())
@@ -1110,8 +1142,8 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         "and images: smoke is to try it, paper the papers' own (smoke)")
     parser.add_argument("--seeds", type=int, metavar="N", help="of each run: 0 to N - 1 "
                         "(3; 1 at the scale of smoke)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (as many as cores);"
-                        " 0: none, tables of the runs that are finished")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (as many as cores, on "
+                        "a GPU 1); 0: none, tables of the runs that are finished")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="run those rows and "
                         "columns alone that have such a text in their names, as CIFAR-10")
     parser.add_argument("--data-dir", default="data", help="where downloads are kept (data)")
@@ -1122,6 +1154,11 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(told, name) is not None and getattr(told, name) < least:
             raise ValueError(f"--{name} must be at least {least}")
     return told
+
+
+def default_jobs() -> int:
+    """Runs at a time: as many as cores, on a GPU one."""
+    return 1 if torch.cuda.is_available() else run.num_cores()
 
 
 def chosen(names: Sequence[str], tables: Mapping[str, Table]) -> dict[str, Table]:
@@ -1145,19 +1182,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         words = sys.argv[1:] if argv is None else argv
         place = Place(told.scale, told.seeds or SEEDS[told.scale],
-                      run.num_cores() if told.jobs is None else told.jobs, told.data_dir,
+                      default_jobs() if told.jobs is None else told.jobs, told.data_dir,
                       shlex.join(["python", "tables.py", *words]), tuple(told.only))
         tables = chosen(told.names, all_tables(told.scale))
-        known = recorded(place)
+        known, failed = recorded(place), {}
         needed = {job.id: job for table in tables.values() for job in jobs_of(table, place)
                   if table.networks or job.id not in known}
-        failed = run_missing(list(needed.values()), place) if place.jobs > 0 else {}
+        commit()  # now, for it may be another one when a run ends
+        if place.jobs > 0 and needed:
+            siblings = [job for table in all_tables(told.scale).values()
+                        for job in jobs_of(table, place._replace(only=()))]
+            failed = run_missing(list(needed.values()), siblings, place)
         for name, table in tables.items():
             try:
                 print(f"\n{make(name, table, place, failed)}", flush=True)
-            except (ValueError, OSError) as error:  # the others can be made all the same
-                failed[name] = str(error)
-                print(f"\n{name}: {error}", flush=True)
+            except Exception as error:  # whatever it is, the others can be made all the same
+                failed[name] = files.first_line(error)
+                print(f"\n{name}: {type(error).__name__}: {failed[name]}", flush=True)
         print(f"written to {place.results}")
         return 1 if failed else 0
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """The papers' tables: what they need, how they are put together, and a few made for good."""
 
 import csv
+import inspect
 import io
 import json
 import shutil
@@ -86,6 +87,34 @@ def test_equal_settings_are_one_run_and_machines_do_not_matter():
 
 def test_the_flags_that_only_stages_read_are_apfls():
     assert tables.STAGES.keys() == {flag.name for flag in apfl.FLAGS}
+    reads = {name: set(inspect.signature(stage).parameters) for name, stage in
+             apfl.METHODS["apfl"].stages.items()}
+    for flag, stage in tables.STAGES.items():
+        first = next((name for name in ("late", "generator", "friends")
+                      if {"lambda": "balance"}.get(flag, flag) in reads[name]), None)
+        assert first in (stage, None), flag
+
+
+def test_no_noise_is_the_same_run_as_fedin_and_a_torn_line_is_no_run(tmp_path):
+    small = tables.all_tables("small")
+    plain = tables.job_of(small["fedin-1"].cells["FedIN", "CIFAR-10, Non-IID"], PLACE, 0)
+    assert tables.job_of(small["fedin-6"].cells["noise 0", "CIFAR-10"], PLACE, 0).id == plain.id
+    PLACE.results.mkdir(parents=True)
+    (PLACE.results / "runs.jsonl").write_text('{"id": "a", "x": 1}\n{"id": "b", "x')
+    assert tables.recorded(PLACE) == {"a": {"id": "a", "x": 1}}
+
+
+def test_what_runs_is_stopped_and_what_waits_is_not_begun(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(tables.run, "main", lambda argv: begun.append(argv) or 0)
+    monkeypatch.setattr(tables, "_stopped", tables.threading.Event())
+    assert tables.do(["a"], tmp_path / "log")[0] == 0
+    tables.stop()  # between two runs
+    assert tables.do(["b"], tmp_path / "log")[0] == 130 and begun == [["a"]]
+    tables._running.set()
+    with pytest.raises(KeyboardInterrupt):
+        tables.stop()
+    tables._running.clear()
 
 
 @pytest.mark.parametrize("names, chosen", [
@@ -155,9 +184,9 @@ A note.
 
 |  | A | B |
 | --- | --- | --- |
-| fedavg | 60.0 / 31.0 ± 1.0 | – / 5.00 |
+| fedavg | 60.0 / 31.0 ± 1.4 | – / 5.00 |
 | fedprox | 70.0 ± 1.5 / 33.5 ± 0.0 | – / 9.00 |
-| fedin | 80.0 / 32.5 ± 1.0 | 50.0 / – |
+| fedin | 80.0 / 32.5 ± 1.4 | 50.0 / – |
 
 Every cell: the paper / ours, mean ± standard deviation over the seeds.
 
@@ -168,14 +197,15 @@ Pairs of rows that come in the paper's order: A 2 of 3.
     tables.write_csv(tables.Path("x.csv"), "fedin-0", values, papers, "small")
     rows = list(csv.DictReader(io.StringIO(tables.Path("x.csv").read_text())))
     assert rows[0] == {"table": "fedin-0", "scale": "small", "row": "fedavg", "column": "A",
-                       "paper": "60.0", "paper deviation": "", "mean": "31.0", "deviation": "1.0",
+                       "paper": "60.0", "paper deviation": "", "mean": "31.0", "deviation": "1.4142135623730951",
                        "by seed": "30.0 32.0"}
     assert rows[-1]["mean"] == rows[-1]["by seed"] == "" and rows[-1]["paper"] == "50.0"
-    notes = tables.notes_of(table, found, PLACE, {"x": "no data"}, None)
+    failed = {tables.job_of(cells["fedin", "B"], PLACE, 2).id: "no data", "another": "no net"}
+    notes = tables.notes_of(table, found, PLACE, failed, None)
     for said in ("Scale **small**", "rounds 20", "Seeds: 0, 1, 2"):
         assert said in notes[0]
     assert "commit abc on one core" in notes[1] and "python tables.py x" in notes[1]
-    assert "Lacking runs: fedavg / A" in notes[-1] and "(no data)" in notes[-1]
+    assert "Lacking runs: fedavg / A" in notes[-1] and notes[-1].endswith("(no data).")
 
 
 def test_rounds_to_the_target_and_speed():
@@ -192,6 +222,11 @@ def test_rounds_to_the_target_and_speed():
     assert values["MOON", "CIFAR-10, round"] == [None]
     assert values["FedIN", "CIFAR-10, speed"] == [pytest.approx(10 / 6)]
     assert values["FedAvg", "CIFAR-10, speed"] == [1] and ("MOON", "CIFAR-10, speed") not in values
+    found["FedIN", key][1]["accuracy"] = [9, 9, 9]
+    text = tables.markdown("x", table, tables.with_rounds(table, found, PLACE)[0], {}, [])
+    assert "4 (1 of 2)" in text  # a seed did not get there
+    papers = {("FedIN", "c"): (9, None), ("MOON", "c"): (20, None)}  # rounds; and who never does
+    assert tables.agreement({("FedIN", "c"): [4], ("MOON", "c"): [None]}, papers) == {"c": (1, 1)}
     assert tables.target_of("CIFAR-10", found, PLACE._replace(scale="paper")) == 60
 
 
@@ -201,7 +236,7 @@ def test_a_data_set_that_is_not_there_is_said_and_the_others_are_made(monkeypatc
 
     monkeypatch.setattr(data, "download", no_net)
     job = tables.jobs_of(tables.all_tables("small")["fedin-2b"], PLACE)[0]
-    assert tables.run_missing([job], PLACE) == {job.id: "cifar10 could not be loaded: no net"}
+    assert tables.run_missing([job], [], PLACE) == {job.id: "cifar10 could not be loaded: no net"}
 
 
 # --------------------------------------------------------------------------------- made for good
