@@ -970,6 +970,8 @@ def notes_of(table: Table, found: Found, place: Place, failed: Mapping[str, str]
             + (f" Analyses of commit {commit()}, after one more round (but the attack)."
                if table.networks else "")]
     said += [f"{text[0].upper()}{text[1:]}." for text in stand_ins(table, place)]
+    if table.measure is attacked:
+        said.append(f"The attack takes {ATTACK_STEPS[place.scale]:,} steps.")
     if place.scale != "paper" and any("-widths" in str(cell.flags.get("model", ""))
                                       for cell in table.cells.values()):
         said.append(f"HeteroFL, FedRolex, ScaleFL: {WIDTHS[place.scale]} (paper: ResNet152).")
