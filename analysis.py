@@ -15,7 +15,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,23 +78,25 @@ def cka_map(representations: Sequence[Tensor], *, unbiased: bool = False) -> Ten
 
 
 def biased_hsic(x: Tensor, y: Tensor) -> Tensor:
-    """||y^T x||^2, Frobenius norm: HSIC of linear kernels but for a factor; columns are centred."""
+    """||y^T x||^2, Frobenius norm: HSIC of linear kernels but for a factor.
+
+    x: (N, p), y: (N, q), both with columns of mean 0
+    """
     return (y.T @ x).square().sum()
 
 
 def unbiased_hsic(x: Tensor, y: Tensor) -> Tensor:
     """HSIC_1 of Song et al. 2012 (Feature Selection via Dependence Maximization, Eq. 5), linear.
 
-    x: (N, p), y: (N, q), N > 3.  Of the kernels K = x x^T and L = y y^T, with diagonals of zeros:
-    (tr(KL) + 1'K1 1'L1 / ((N-1)(N-2)) - 2/(N-2) 1'KL1) / (N (N-3))
+    x: (N, p), y: (N, q), both with columns of mean 0, N > 3.  Of the kernels K = x x^T and
+    L = y y^T, with diagonals of zeros, it is
+    (tr(KL) + 1'K1 1'L1 / ((N-1)(N-2)) - 2/(N-2) 1'KL1) / (N (N-3)).
+    Centred as they are, the rows of K and of L add up to minus the diagonals that were taken out,
+    which leaves nothing of N x N numbers.
     """
     n = len(x)
-    first, second = (part @ part.T for part in (x, y))
-    first.fill_diagonal_(0)
-    second.fill_diagonal_(0)
-    crossed = first.sum(dim=0) @ second.sum(dim=0)
-    total = ((first * second).sum() + first.sum() * second.sum() / ((n - 1) * (n - 2))
-             - 2 / (n - 2) * crossed)
+    k, l = x.square().sum(dim=1), y.square().sum(dim=1)  # the diagonals
+    total = biased_hsic(x, y) + k.sum() * l.sum() / ((n - 1) * (n - 2)) - n / (n - 2) * (k @ l)
     return total / (n * (n - 3))
 
 
@@ -113,23 +114,34 @@ def tsne(features: Tensor, *, perplexity: float = 30.0, seed: int = 0) -> Tensor
     """
     from sklearn.manifold import TSNE
 
-    x = features.double()
-    x = (x - x.mean(dim=0)) / x.std(dim=0).clamp(min=1e-12)
-    fit = TSNE(perplexity=min(perplexity, (len(x) - 1) / 3), init="pca", random_state=seed)
-    return torch.from_numpy(fit.fit_transform(x.numpy()))
+    fit = TSNE(perplexity=min(perplexity, (len(features) - 1) / 3), init="pca", random_state=seed)
+    return torch.from_numpy(fit.fit_transform(standardised(features).numpy()))
 
 
-def scatter(features: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
-    """t-SNE of several sets of features (N, p) together, and their silhouette in the plane.
-
-    The silhouette is near 1 where the sets lie apart, near 0 where they are one cloud.
-    """
-    from sklearn.metrics import silhouette_score
-
+def scatter(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """t-SNE of several sets of features (N, p) together: points (N, 2) by set."""
     placed = tsne(torch.cat(list(features.values())))
-    sizes = [len(part) for part in features.values()]
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    return dict(zip(features, placed.split(sizes))), float(silhouette_score(placed, owner))
+    return dict(zip(features, placed.split([len(part) for part in features.values()])))
+
+
+def own_neighbours(features: Mapping[str, Tensor]) -> float:
+    """The share of features (N, p) whose nearest neighbour, of all sets', is of their own set.
+
+    1 where sets lie apart; of K equal clouds about 1 / K.  Each set holds the same images in the
+    same order, and an image is not compared with itself in another set: it would be nearest of all
+    just where networks agree.  Distances are of standardised features, as for t-SNE.
+    """
+    x = standardised(torch.cat(list(features.values())))
+    owner = torch.arange(len(features)).repeat_interleave(len(x) // len(features))
+    image = torch.arange(len(x) // len(features)).repeat(len(features))
+    distance = torch.cdist(x, x).masked_fill(image[:, None] == image, torch.inf)
+    return float((owner[distance.argmin(dim=1)] == owner).double().mean())
+
+
+def standardised(features: Tensor) -> Tensor:
+    """Features (N, p) with mean 0 and deviation 1 each."""
+    x = features.double()
+    return (x - x.mean(dim=0)) / x.std(dim=0).clamp(min=1e-12)
 
 
 # ------------------------------------------------------- what an attacker makes of sent features
@@ -224,10 +236,13 @@ def memory_mib(states: Iterable[Mapping[str, Tensor]], copies: int = 1, further:
 
 # ----------------------------------------------------------------------------- curves over rounds
 
-def smoothed(values: Sequence[float], weight: float = 0.6) -> list[float]:
+SMOOTHING = 0.6  # the weight of what was before; not stated
+
+
+def smoothed(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
     """Exponential smoothing: s_1 = v_1, s_t = weight s_(t-1) + (1 - weight) v_t.
 
-    FedIN's Fig. 5 and 9 show smoothed curves and do not state the weight.
+    FedIN's Fig. 5 and 9 show smoothed curves.
     """
     return list(accumulate(values, lambda s, v: weight * s + (1 - weight) * v))
 
@@ -283,34 +298,37 @@ class Look(NamedTuple):
     """What the clients of a run make of test images, after one more round of local training."""
 
     maps: list[Tensor]  # stage -> CKA (K, K), clients in the order of their networks
+    unbiased: list[Tensor]  # the same by the unbiased estimate
     names: list[str]  # of the clients in this order: id and network
     features: dict[str, Tensor]  # network -> pooled stage 3 features (N, 512) of its first client
     labels: Tensor  # (N,)
 
 
-def look(folder: str | Path, *, images: int = 2000, unbiased: bool = False) -> Look:
+def look(folder: str | Path, *, images: int = 2000) -> Look:
     """Compare how the clients of a finished run see test images (FedIN, Sec. 5.3).
 
     As they are after one more round of local training, since after an average all clients of an
     architecture are equal.  The networks have to be ResNets.
-    images: how many test images, evenly spaced;  unbiased: see linear_cka
+    images: how many, evenly spaced in the whole test set, whatever the run was tested on
     """
     with redirect_stdout(pictures.nowhere()):
         experiment, updates = one_more_round(folder)
-    dataset = experiment.data
+        settings = experiment.settings
+        dataset = data.load(settings["dataset"], settings.get("data_dir", "data"))
     rows = torch.linspace(0, len(dataset.y_test) - 1, min(images, len(dataset.y_test))).long()
+    x_test = dataset.x_test[rows].to(experiment.data.x_test.device)
     prepare = data.preparation(experiment.statistics)
     order = sorted(updates, key=lambda k: (experiment.architectures.index(
         experiment.clients[k].arch), k))
     by_client = {}
     for k in order:
         net = experiment.network(experiment.clients[k].arch, updates[k].weights).eval()
-        batches = (prepare(dataset.x_test[part]) for part in rows.split(models.TEST_BATCH))
-        by_client[k] = stage_features(net, batches)
-    maps = [cka_map(stage, unbiased=unbiased) for stage in zip(*by_client.values())]
+        by_client[k] = stage_features(net, map(prepare, x_test.split(models.TEST_BATCH)))
+    biased, unbiased = ([cka_map(stage, unbiased=without) for stage in zip(*by_client.values())]
+                        for without in (False, True))
     first = {arch: next(k for k in order if experiment.clients[k].arch == arch)
              for arch in experiment.architectures}
-    return Look(maps, [f"{k}: {experiment.clients[k].arch}" for k in order],
+    return Look(biased, unbiased, [f"{k}: {experiment.clients[k].arch}" for k in order],
                 {arch: by_client[k][3] for arch, k in first.items()}, dataset.y_test[rows])
 
 

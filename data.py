@@ -106,6 +106,11 @@ def drawn(draw: Callable, *size: object, rng: torch.Generator, device: torch.dev
 
 # ------------------------------------------------------------------------------------------ loading
 
+def cache_path(dataset: str, data_dir: str | Path) -> Path:
+    """Where a downloaded data set is kept once it has the size that is used here."""
+    return Path(data_dir) / f"{dataset}-{IMAGE_SIZE}x{IMAGE_SIZE}.npz"
+
+
 def load(dataset: str | Path, data_dir: str | Path = "data") -> Dataset:
     """Load a data set by name, or a user's own from the path of an .npz file.
 
@@ -118,7 +123,7 @@ def load(dataset: str | Path, data_dir: str | Path = "data") -> Dataset:
     if dataset == "digits":
         return read_digits()
     if dataset in DATASETS:
-        cache = Path(data_dir) / f"{dataset}-{IMAGE_SIZE}x{IMAGE_SIZE}.npz"
+        cache = cache_path(dataset, data_dir)
         with one_at_a_time(cache):  # others may need it too and not have it yet
             found = None if cache.exists() else download(dataset, data_dir)
             if found is not None and not write_cache(cache, partial(write_npz, data=found)):

@@ -148,12 +148,12 @@ def finish(figure, path: Path | BinaryIO, title: str, place: str | None = None) 
     save(figure, path)
 
 
-def draw_numbers(path: Path | BinaryIO, numbers: Mapping[str, Mapping[str, tuple]], label: str,
-                 title: str) -> None:
+def draw_numbers(path: Path | BinaryIO, numbers: Mapping[str, Mapping[str, tuple]],
+                 labels: Mapping[str, str], title: str) -> None:
     """A panel a column of a table, a line a row of it, with the paper's number and ours.
 
     numbers: column -> row -> (the paper's or None, our mean or None, our deviation or None)
-    label: what the numbers are
+    labels: column -> what its numbers are
     """
     rows = list(dict.fromkeys(row for column in numbers.values() for row in column))
     lines = -(-len(numbers) // PANELS)
@@ -169,8 +169,8 @@ def draw_numbers(path: Path | BinaryIO, numbers: Mapping[str, Mapping[str, tuple
                               label="ours")
         axes.set_yticks(range(len(rows)), rows, parse_math=False)
         axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel(labels[column], fontsize=8)
         axes.grid(alpha=0.3)
-    figure.supxlabel(label)
     finish(figure, path, title, "outside lower right")
 
 
@@ -209,12 +209,12 @@ def draw_lines(path: Path | BinaryIO, lines: Mapping[str, Mapping[str, Line]], l
     finish(figure, path, title, "outside right")
 
 
-def draw_maps(path: Path | BinaryIO, maps: Mapping[str, Tensor], names: Sequence[str], label: str,
-              title: str, *, columns: int = PANELS,
+def draw_maps(path: Path | BinaryIO, maps: Mapping[str, Tensor], names: Sequence[str],
+              labels: tuple[str, str, str], title: str, *, columns: int = PANELS,
               limits: tuple[float, float] | None = None) -> None:
     """Matrices as colours, a panel each: a row and a column a client for CKA.
 
-    names: of the rows;  label: of the colours;  columns: panels beside each other
+    names: of the rows;  labels: of the axes and of the colours;  columns: panels beside each other
     limits: values of the lowest and the highest colour, else the least and the greatest
     """
     low, high = limits or (min(float(each.min()) for each in maps.values()), max(
@@ -226,7 +226,8 @@ def draw_maps(path: Path | BinaryIO, maps: Mapping[str, Tensor], names: Sequence
         shown = axes.imshow(maps[name].numpy(), vmin=low, vmax=high, cmap="viridis", aspect="auto")
         axes.set_yticks(range(len(names)), names, fontsize="x-small", parse_math=False)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(shown, ax=list(axes_of.values()), label=label)
+        axes.set(xlabel=labels[0], ylabel=labels[1])
+    figure.colorbar(shown, ax=list(axes_of.values()), label=labels[2])
     finish(figure, path, title)
 
 

@@ -86,14 +86,23 @@ ATTACK_STEPS = {"smoke": 50, "small": 5000, "paper": 100_000}  # the paper's Fig
 
 
 class Cell(NamedTuple):
-    """A place in a table: what run.py is told but for scale and seed, and which result it shows."""
+    """A place in a table: run.py's flags but for scale and seed, and which result it shows."""
 
     flags: Mapping[str, Any]
     value: str = "accuracy"  # of result.json
 
 
 Cells = Mapping[tuple[str, str], Cell]  # (row, column) -> cell
+Found = Mapping[tuple[str, str], list[dict]]  # (row, column) -> the lines of finished runs, by seed
 Values = dict[tuple[str, str], list]  # (row, column) -> a value a seed, None where there is none
+
+
+class Measured(NamedTuple):
+    """What comes of a table's runs."""
+
+    values: Values
+    extra: Any = None  # what its picture shows besides
+    notes: Sequence[str] = ()  # what has to be said of it, in sentences
 
 
 class Table(NamedTuple):
@@ -101,8 +110,8 @@ class Table(NamedTuple):
 
     title: str
     cells: Cells
-    measure: Callable  # (table, found, place) -> Values, and what draw needs besides
-    draw: Callable  # (path, table, values, papers, extra, title)
+    measure: Callable[["Table", Found, "Place"], Measured]
+    draw: Callable  # (path, measured, papers, title)
     networks: bool = False  # whether measure needs trained networks, so the runs' folders: one seed
 
 
@@ -175,24 +184,25 @@ def fedin_tables(scale: str) -> dict[str, Table]:
     return {
         "fedin-1": Table("FedIN, Table 1: accuracy, %; rounds to the target in non-IID, and how "
                          "many times fewer than FedAvg", cells("fedin", methods, columns_of(sets)),
-                         with_rounds, numbers),
+                         with_rounds, plot_numbers),
         "fedin-2a": Table("FedIN, Table 2a: accuracy, %, where all clients have ResNet18", cells(
             "fedin", several("FedProx, Scaffold, FedNova, MOON, FedIN", model="resnet18"), cifar),
-            final, numbers),
+            final, plot_numbers),
         "fedin-2b": Table("FedIN, Table 2b: accuracy, %, without one part or another",
-                          cells("fedin", ABLATIONS, cifar), final, numbers),
+                          cells("fedin", ABLATIONS, cifar), final, plot_numbers),
         "fedin-3": Table("FedIN, Table 3: accuracy, %, averages within each architecture alone",
-                         cells("fedin", apart, columns_of(["Fashion-MNIST"])), final, numbers),
+                         cells("fedin", apart, columns_of(["Fashion-MNIST"])), final, plot_numbers),
         "fedin-4": Table("FedIN, Table 4: what a method costs", cells(
             "fedin", several("FedAvg, Scaffold, MOON, HeteroFL, FedRolex, FedIN"),
-            columns_of(["CIFAR-10"], non_iid)), overheads, numbers),
+            columns_of(["CIFAR-10"], non_iid)), overheads, plot_numbers),
         "fedin-5": Table("FedIN, Table 5: accuracy, %, by the number of clients, CIFAR-10", cells(
-            "fedin", several("FedAvg, InclusiveFL, FedIN"), counts), final, numbers),
+            "fedin", several("FedAvg, InclusiveFL, FedIN"), counts), final, plot_numbers),
         "fedin-6": Table("FedIN, Table 6: accuracy, %, by the noise on the features, non-IID",
                          cells("fedin", noise, {name: {"dataset": SETS[name], **SPLITS["Non-IID"]}
-                                                for name in sets}), final, numbers),
-        "methods": Table("Every method in FedIN's setting: accuracy, %, non-IID", cells(
-            "fedin", ours, columns_of(["CIFAR-10", "Fashion-MNIST"], non_iid)), final, numbers)}
+                                                for name in sets}), final, plot_numbers),
+        "methods": Table("Every method in FedIN's setting: accuracy, %, non-IID",
+                         cells("fedin", ours, columns_of(["CIFAR-10", "Fashion-MNIST"], non_iid)),
+                         final, plot_numbers)}
 
 
 def fedin_figures(scale: str) -> dict[str, Table]:
@@ -207,29 +217,29 @@ def fedin_figures(scale: str) -> dict[str, Table]:
     both = cells("fedin", {"without noise": methods["FedIN"],
                            "with noise": methods["FedIN (+Noise)"]}, non_iid)
     return {
-        "fedin-fig3": Table("FedIN, Fig. 3: features s_out of five architectures, t-SNE; after "
-                            "local training in FedAvg", cells("fedin", {"FedAvg": three["FedAvg"]}, non_iid),
-                            scattered_architectures, points, networks=True),
+        "fedin-fig3": Table("FedIN, Fig. 3: features s_out of five architectures, t-SNE",
+                            cells("fedin", {"FedAvg": three["FedAvg"]}, non_iid),
+                            scattered_architectures, plot_points, networks=True),
         "fedin-fig4": Table("FedIN, Fig. 4: images reconstructed from features", both, attacked,
-                            partial(reconstructed, False), networks=True),
+                            partial(plot_reconstruction, False), networks=True),
         "fedin-fig5": Table("FedIN, Fig. 5: smoothed accuracy, non-IID CIFAR-10",
-                            cells("fedin", methods, non_iid), over_rounds, curves),
+                            cells("fedin", methods, non_iid), to_the_target, plot_curves),
         "fedin-fig6ab": Table("FedIN, Fig. 6a and 6b: mean CKA between clients, by stage", cells(
-            "fedin", three, columns_of(["CIFAR-10"])), similarity, stage_lines, networks=True),
+            "fedin", three, columns_of(["CIFAR-10"])), similarity, plot_stages, networks=True),
         "fedin-fig6c": Table("FedIN, Fig. 6c: accuracy, %, by |S|, non-IID CIFAR-10", cells(
-            "fedin", own, sizes), final, partial(sweep, "features in a batch, |S|")),
+            "fedin", own, sizes), final, partial(plot_sweep, "features in a batch, |S|")),
         "fedin-fig6d": Table("FedIN, Fig. 6d: accuracy, %, by the number of batches, non-IID "
                              "CIFAR-10", cells("fedin", own, batches), final,
-                             partial(sweep, "batches of features")),
+                             partial(plot_sweep, "batches of features")),
         "fedin-fig7": Table("FedIN, Fig. 7: CKA between clients, stages 2 and 3, non-IID CIFAR-10",
-                            cells("fedin", three, non_iid), similarity, maps, networks=True),
+                            cells("fedin", three, non_iid), similarity, plot_maps, networks=True),
         "fedin-fig8": Table("FedIN, Fig. 8: stage 3 features of one class, t-SNE, non-IID CIFAR-10",
-                            cells("fedin", three, non_iid), scattered_clients, points,
+                            cells("fedin", three, non_iid), scattered_clients, plot_points,
                             networks=True),
         "fedin-fig9": Table("FedIN, Fig. 9: smoothed accuracy, ablations, non-IID CIFAR-10",
-                            cells("fedin", ABLATIONS, non_iid), over_rounds, curves),
+                            cells("fedin", ABLATIONS, non_iid), over_rounds, plot_curves),
         "fedin-fig10": Table("FedIN, Fig. 10: reconstruction from features, with and without noise",
-                             both, attacked, partial(reconstructed, True), networks=True)}
+                             both, attacked, partial(plot_reconstruction, True), networks=True)}
 
 
 def apfl_tables(scale: str) -> dict[str, Table]:
@@ -257,23 +267,23 @@ def apfl_tables(scale: str) -> dict[str, Table]:
             for name, alpha in zip(sets, (0.01, 0.05, 0.1, 0.1))}
     return {
         "apfl-1": Table("AP-FL, Table 1: classes of each client in the dropout setting", {},
-                        dealt_classes, classes_held),
+                        dealt_classes, plot_classes),
         "apfl-2": Table("AP-FL, Table 2: accuracy on the whole test set, %", cells(
             "apfl", APFL_METHODS, columns_of(sets[:3], skewed) | columns_of(sets[3:], mild)),
-            final, numbers),
+            final, plot_numbers),
         "apfl-3": Table("AP-FL, Table 3: accuracy of the dropout client on the whole test set, %",
-                        cells("apfl", late, columns_of(sets, missing)), final, numbers),
+                        cells("apfl", late, columns_of(sets, missing)), final, plot_numbers),
         "apfl-4": Table("AP-FL, Table 4: accuracy of friend models on clients' own shares of the "
                         "test set, %; A_n: clients that took part, A_d: the dropout client",
-                        semantics, final, numbers),
+                        semantics, final, plot_numbers),
         "apfl-fig4": Table("AP-FL, Fig. 4: accuracy over rounds, five clients; star: AP-FL's "
                            "personalised models", cells("apfl", APFL_METHODS, four), over_rounds,
-                           curves),
+                           plot_curves),
         "apfl-fig5a": Table("AP-FL, Fig. 5: friend models' accuracy, %, by the length of the noise",
-                            cells("apfl", swept, dims), final, partial(sweep, "length of z")),
+                            cells("apfl", swept, dims), final, partial(plot_sweep, "length of z")),
         "apfl-fig5b": Table("AP-FL, Fig. 5: friend models' accuracy, %, by the number of samples",
                             cells("apfl", swept, samples), final,
-                            partial(sweep, "synthetic samples a class"))}
+                            partial(plot_sweep, "synthetic samples a class"))}
 
 
 def all_tables(scale: str) -> dict[str, Table]:
@@ -301,14 +311,15 @@ class Place(NamedTuple):
 FULL = {"digits": (1437, 360), "svhn": (73257, 26032), "cifar10": (50000, 10000),
         "cifar100": (50000, 10000), "emnist": (124800, 20800), "fashionmnist": (60000, 10000)}
 COLOURED = {"svhn", "cifar10", "cifar100"}
+STAND_INS = RUNS / "smoke"
 
 
-def typed(cell: Cell, place: Place, seed: int) -> dict:
-    """What a cell's run is told: flag -> value."""
+def flags_of(cell: Cell, place: Place, seed: int) -> dict:
+    """Of a cell's run: flag -> value."""
     flags = dict(cell.flags)
-    known = {flag.name for flag in run.COMMON} | run.METHODS[flags["method"]].defaults.keys()
+    taken = {flag.name for flag in run.COMMON} | run.METHODS[flags["method"]].defaults.keys()
     scaled = {name: value for name, value in SCALES[place.scale][flags["setting"]].items()
-              if name in known}
+              if name in taken}
     name, flags["dataset"] = flags["dataset"], dataset(flags["dataset"], place)
     if flags["method"] == "apfl":
         flags["semantics"] = embeddings(flags.get("semantics"), name, place)
@@ -323,27 +334,9 @@ def dataset(name: str, place: Place) -> str:
     That is digits for gray sets of ten classes (and SVHN), and for others random images where the
     set is not there: nothing is downloaded.
     """
-    if place.scale != "smoke" or (Path(place.data_dir) / f"{name}-32x32.npz").exists():
+    if place.scale != "smoke" or data.cache_path(name, place.data_dir).exists():
         return name
-    if name in ("fashionmnist", "svhn"):
-        return "digits"
-    path = RUNS / "smoke" / f"random-{name}.npz"
-    if not path.exists():
-        classes = {"cifar10": 10, "cifar100": 100, "emnist": 26}[name]
-        rng = np.random.default_rng(classes)
-        shape = (32, 32, 3) if name in COLOURED else (32, 32)
-        looks = rng.integers(256, size=(classes, *shape))  # of a class, so that there is something
-
-        def images(count: int) -> dict[str, np.ndarray]:
-            labels = np.arange(count) % classes
-            noisy = looks[labels] / 2 + rng.integers(128, size=(count, *shape))
-            return {"x": noisy.astype(np.uint8), "y": labels}
-
-        parts = {f"{key}_{part}": array for part, count in (("train", 1000), ("test", 200))
-                 for key, array in images(count).items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_atomically(path, lambda file: np.savez(file, **parts))
-    return str(path)
+    return "digits" if name in ("fashionmnist", "svhn") else str(STAND_INS / f"random-{name}.npz")
 
 
 def embeddings(encoder: str | None, name: str, place: Place) -> str:
@@ -359,27 +352,51 @@ def embeddings(encoder: str | None, name: str, place: Place) -> str:
             return str(path)
     if place.scale != "smoke":
         return encoder or "clip"
-    path = RUNS / "smoke" / f"random-{encoder or 'clip'}-{name}.npz"
-    if not path.exists():
-        names = data.load(dataset(name, place), place.data_dir).classes
-        number = ("clip", "bert", "word2vec").index(encoder or "clip")
-        rng = np.random.default_rng([number, len(names)])
-        vectors = rng.normal(size=(len(names), 16))
+    return str(STAND_INS / f"random-{encoder or 'clip'}-{name}.npz")
+
+
+def write_stand_ins(flags: Mapping[str, Any], place: Place) -> None:
+    """Write the random images and embeddings that a run needs, if they are not there yet."""
+    for path in (Path(flags[name]) for name in ("dataset", "semantics") if name in flags):
+        if path.parent != STAND_INS or path.exists():
+            continue
+        _, *encoder, name = path.stem.split("-")
         path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_atomically(path, lambda file: np.savez(file, classes=names, embeddings=vectors))
-    return str(path)
+        arrays = random_embeddings(*encoder, name, place) if encoder else random_images(name)
+        data.write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
-def stand_ins(table: Table, place: Place) -> list[str]:
+def random_images(name: str) -> dict[str, np.ndarray]:
+    """As many classes as a data set has, each of a random look, in noise; arrays of an .npz."""
+    classes = {"cifar10": 10, "cifar100": 100, "emnist": 26}[name]
+    rng = np.random.default_rng(classes)
+    shape = (32, 32, 3) if name in COLOURED else (32, 32)
+    looks, arrays = rng.integers(256, size=(classes, *shape)), {}
+    for part, count in (("train", 1000), ("test", 200)):
+        labels = np.arange(count) % classes
+        noisy = looks[labels] / 2 + rng.integers(128, size=(count, *shape))
+        arrays |= {f"x_{part}": noisy.astype(np.uint8), f"y_{part}": labels}
+    return arrays
+
+
+def random_embeddings(encoder: str, name: str, place: Place) -> dict[str, np.ndarray]:
+    """A random vector a class, another one by another encoder; arrays of an .npz."""
+    classes = data.load(dataset(name, place), place.data_dir).classes
+    rng = np.random.default_rng([("clip", "bert", "word2vec").index(encoder), len(classes)])
+    return {"classes": np.array(classes), "embeddings": rng.normal(size=(len(classes), 16))}
+
+
+def stand_ins(cells: Sequence[Cell], place: Place) -> list[str]:
     """What is not what the paper has, in sentences."""
     said = {}
-    for cell in table.cells.values():
-        flags, used = cell.flags, typed(cell, place, 0)
-        if used["dataset"] != flags["dataset"]:
-            what = Path(used["dataset"]).stem.replace("random-", "random images in place of ")
-            said[f"{flags['dataset']} is {what}"] = None
+    for cell in cells:
+        flags, used = cell.flags, flags_of(cell, place, 0)
+        name = flags["dataset"]
+        if used["dataset"] != name:
+            what = "digits" if used["dataset"] == "digits" else "random images"
+            said[f"In place of {name}: {what}."] = None
         if "semantics" in used and used["semantics"] != flags.get("semantics", "clip"):
-            said[f"embeddings of {flags['dataset']}: {Path(used['semantics']).stem}"] = None
+            said[f"Embeddings of {name}: {Path(used['semantics']).stem}."] = None
     return list(said)
 
 
@@ -396,8 +413,8 @@ STAGES = {  # flags of AP-FL -> the first stage after the rounds that they have 
 class Job(NamedTuple):
     """A run that a table needs."""
 
-    settings: dict  # as run.py resolves what is typed
-    typed: dict
+    flags: dict  # of run.py
+    settings: dict  # as it resolves them
     folder: Path
 
     @property
@@ -411,24 +428,27 @@ class Job(NamedTuple):
 
 
 def digest(settings: Mapping[str, Any]) -> str:
-    """Of settings that say what comes of a run: ten hexadecimal digits."""
-    said = {name: Path(value).name if isinstance(value, str) else value
-            for name, value in settings.items() if name not in MACHINE}
+    """Of settings that say what comes of a run: ten hexadecimal digits.
+
+    Without those that are off, so that a flag which run.py may get one day changes no others.
+    """
+    said = {name: Path(value).name if isinstance(value, str) else value for name, value in
+            settings.items() if name not in MACHINE and value not in (None, False, [])}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def job_of(cell: Cell, place: Place, seed: int) -> Job:
     """The run of a cell."""
-    told = typed(cell, place, seed)
-    settings = run.resolve(told)
+    flags = flags_of(cell, place, seed)
+    settings = run.resolve(flags)
     name = f"{settings['method']}-{Path(settings['dataset']).stem}-{seed}-{digest(settings)}"
-    return Job(settings, told, RUNS / place.scale / name)
+    return Job(flags, settings, RUNS / place.scale / name)
 
 
-def command_line(told: Mapping[str, Any]) -> list[str]:
+def command_line(flags: Mapping[str, Any]) -> list[str]:
     """Flags and values as they are typed."""
     words = []
-    for name, value in told.items():
+    for name, value in flags.items():
         values = value if isinstance(value, list) else [] if value is True else [value]
         words += [baselines.typed_as(name), *map(str, values)]
     return words
@@ -439,19 +459,19 @@ def is_finished(folder: Path) -> bool:
     return (folder / "result.json").exists() and (folder / "checkpoint.pt").exists()
 
 
-def arguments(job: Job, known: Sequence[Job]) -> list[str]:
+def arguments(job: Job, siblings: Sequence[Job]) -> list[str]:
     """What to tell run.py: to begin, or to go on with what is there.
 
-    known: other runs, after whose rounds a new one begins if they are the same
+    siblings: other runs, after whose rounds a new one begins if they are the same
     """
     if not (job.folder / "config.json").exists():
-        others = (other for other in known if other.rounds == job.rounds and other.id != job.id
+        others = (other for other in siblings if other.rounds == job.rounds and other.id != job.id
                   and is_finished(other.folder))
         other = next(others, None)
         if job.settings["method"] != "apfl" or other is None:
-            return [*command_line(job.typed), "--out", str(job.folder)]
+            return [*command_line(job.flags), "--out", str(job.folder)]
         begin_after_rounds(job, other)
-    moved = {name: job.typed[name] for name in ("data_dir",) if name in job.typed}
+    moved = {name: job.flags[name] for name in ("data_dir",) if name in job.flags}
     return ["--resume", "--out", str(job.folder), *command_line(moved)]
 
 
@@ -545,12 +565,14 @@ def run_missing(jobs: Sequence[Job], siblings: Sequence[Job], place: Place) -> d
     failed = {job.id: lacking[job.settings["dataset"]] for job in jobs
               if job.settings["dataset"] in lacking}
     left = [job for job in jobs if job.id not in failed and not is_finished(job.folder)]
-    known = recorded(place)
+    lines = recorded(place)
     for job in jobs:
-        if is_finished(job.folder) and job.id not in known:  # and was stopped before it was said
+        if is_finished(job.folder) and job.id not in lines:  # stopped between the two
             record(job, place)
     if not left:
         return failed
+    for job in left:
+        write_stand_ins(job.flags, place)
     cost = {job.id: seconds(job.settings) for job in left}
     groups: dict[str, list[Job]] = {}
     for job in sorted(left, key=lambda job: (job.settings["seed"], -cost[job.id])):
@@ -596,7 +618,7 @@ def run_missing(jobs: Sequence[Job], siblings: Sequence[Job], place: Place) -> d
 
 def absent(name: str, place: Place) -> str:
     """Why a data set cannot be had, in a line; "" if it can."""
-    if name in data.DOWNLOADED and not (Path(place.data_dir) / f"{name}-32x32.npz").exists():
+    if name in data.DOWNLOADED and not data.cache_path(name, place.data_dir).exists():
         try:
             data.load(name, place.data_dir)
         except ValueError as error:
@@ -623,7 +645,7 @@ def seconds(settings: Mapping[str, Any]) -> float:
     """About how long a run takes on one core, from the images that pass through networks."""
     stem = Path(settings["dataset"]).stem.removeprefix("random-")
     train, test = (settings.get(f"{part}_images") or count
-                   for part, count in zip(("train", "test"), FULL[stem]))
+                   for part, count in zip(("train", "test"), FULL.get(stem, (50000, 10000))))
     pace, clients, method = PACE[settings["model"]], settings["clients"], settings["method"]
     share = settings.get("participation", 1)
     passes = settings["rounds"] * settings["local_epochs"] * train * share
@@ -642,13 +664,19 @@ def seconds(settings: Mapping[str, Any]) -> float:
 # ------------------------------------------------------------------- what came of runs, in one file
 
 def record(job: Job, place: Place) -> None:
-    """Add a line on a finished run to runs.jsonl: command, commit, machine, results."""
+    """Add a line on a finished run to runs.jsonl: what came of it, and from which data."""
     lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
-    line = {"id": job.id, "command": shlex.join(["python", "run.py", *command_line(job.typed)]),
-            "commit": commit(), "machine": machine(),
-            "result": json.loads((job.folder / "result.json").read_text()),
-            "rounds": [entry["round"] for entry in lines],
-            "accuracy": [files.in_round(entry) for entry in lines]}
+    append(place, job.id, job.flags,
+           result=json.loads((job.folder / "result.json").read_text()),
+           rounds=[entry["round"] for entry in lines],
+           accuracy=[files.in_round(entry) for entry in lines],
+           digests=files.read_config(job.folder)["digests"])
+
+
+def append(place: Place, name: str, flags: Mapping[str, Any], **found: Any) -> None:
+    """Add a line to runs.jsonl, with command, commit and machine."""
+    line = {"id": name, "command": shlex.join(["python", "run.py", *command_line(flags)]),
+            "commit": commit(), "machine": machine(), **found}
     place.results.mkdir(parents=True, exist_ok=True)
     path = place.results / "runs.jsonl"
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
@@ -693,13 +721,10 @@ def machine() -> str:
 
 # ----------------------------------------------------------------------- from runs to what is shown
 
-Found = Mapping[tuple[str, str], list[dict]]  # (row, column) -> the lines of finished runs, by seed
-
-
-def final(table: Table, found: Found, place: Place) -> tuple[Values, None]:
+def final(table: Table, found: Found, place: Place) -> Measured:
     """The result that each cell names, of every run."""
-    return {key: [line["result"].get(table.cells[key].value) for line in lines]
-            for key, lines in found.items()}, None
+    return Measured({key: [line["result"].get(table.cells[key].value) for line in lines]
+                     for key, lines in found.items()})
 
 
 def mean_curves(found: Found) -> dict[tuple[str, str], tuple[list, list, list]]:
@@ -724,41 +749,59 @@ def target_of(name: str, found: Found, place: Place) -> float | None:
     return 0.9 * statistics.mean(last) if last else None
 
 
-def with_rounds(table: Table, found: Found, place: Place) -> tuple[Values, dict]:
+def with_rounds(table: Table, found: Found, place: Place) -> Measured:
     """Accuracies, and by data set the round of the target and the speed against FedAvg's."""
-    values, _ = final(table, found, place)
+    values = final(table, found, place).values
     targets = {name: target_of(name, found, place) for name in TARGETS}
-    shown = {}
+    all_values = {}
     for name, target in targets.items():
         for (row, column), lines in found.items():
             if column.startswith(f"{name}, "):
-                shown[row, column] = values[row, column]
+                all_values[row, column] = values[row, column]
             if column == f"{name}, Non-IID" and target is not None:
-                shown[row, f"{name}, round"] = [analysis.rounds_to_target(
+                all_values[row, f"{name}, round"] = [analysis.rounds_to_target(
                     line["rounds"], line["accuracy"], target) for line in lines]
         for row in dict.fromkeys(row for row, _ in found):
-            base, own = (mean_and_deviation(shown.get((which, f"{name}, round"), []))[0]
+            base, own = (mean_and_deviation(all_values.get((which, f"{name}, round"), []))[0]
                          for which in ("FedAvg", row))
             if base and own:
-                shown[row, f"{name}, speed"] = [analysis.speed_up(base, own)]
-    return shown, {name: value for name, value in targets.items() if value is not None}
+                all_values[row, f"{name}, speed"] = [analysis.speed_up(base, own)]
+    said = ", ".join(f"{name} {value:.1f}" for name, value in targets.items() if value is not None)
+    return Measured(all_values, None, [f"Targets, %: {said}{how_targets(place)}."] if said else [])
 
 
-def over_rounds(table: Table, found: Found, place: Place) -> tuple[Values, dict]:
+def how_targets(place: Place) -> str:
+    """Where targets come from, if not from the paper."""
+    return "" if place.scale == "paper" else ", nine tenths of what FedAvg reaches, non-IID"
+
+
+def over_rounds(table: Table, found: Found, place: Place) -> Measured:
     """Final accuracies; and smoothed curves by panel, the column, with what AP-FL ends at."""
     panels: dict[str, dict] = {}
     for (row, column), curve in mean_curves(found).items():
         panels.setdefault(column, {})[row] = curve
-    values, _ = final(table, found, place)
+    values = final(table, found, place).values
     ends = {(column, row): statistics.mean(values[row, column]) for row, column in found
             if row == "AP-FL" and found[row, column]}
-    return values, {"lines": panels, "ends": ends}
+    return Measured(values, {"lines": panels, "ends": ends},
+                    [f"Curves are smoothed exponentially with weight {analysis.SMOOTHING} (the "
+                     "papers state none); bands: the deviation over the seeds."])
+
+
+def to_the_target(table: Table, found: Found, place: Place) -> Measured:
+    """The same with a line at Table 1's target accuracy (FedIN, Fig. 5)."""
+    measured = over_rounds(table, found, place)
+    targets = {column: target_of(column.split(", ")[0], found, place) for _, column in found}
+    targets = {column: value for column, value in targets.items() if value is not None}
+    notes = [f"Target: {value:.1f} %{how_targets(place)}." for value in targets.values()]
+    return Measured(measured.values, measured.extra | {"targets": targets},
+                    [*measured.notes, *notes])
 
 
 # ------------------------------------------------------------------------------------- the analyses
 
-def overheads(table: Table, found: Found, place: Place) -> tuple[Values, None]:
-    """FedIN's Table 4: by rule for the papers' networks, and as measured at this scale."""
+def overheads(table: Table, found: Found, place: Place) -> Measured:
+    """FedIN's Table 4: by rule for the paper's networks, and as measured at this scale."""
     def states(name: str) -> list[dict]:
         return [models.shapes(arch, 3, 10) for arch in models.MODELS[name]]
 
@@ -783,16 +826,31 @@ def overheads(table: Table, found: Found, place: Place) -> tuple[Values, None]:
         sent = run.num_participants(job.settings) * job.settings["rounds"]
         values[row, "measured: MB up a client, round"] = [
             line["result"]["upload_mb"] / sent for line in lines]
-        values[row, "measured: peak of the process, GiB"] = [peak_memory(job) for _ in lines[:1]]
-    return values, None
+        values[row, "measured: peak of the process, GiB"] = [
+            peak_memory(job, place) for _ in lines[:1]]
+    return Measured(values, None, [
+        "By rule: the paper's networks with heads of ten classes, colour images. The paper's 16.29 "
+        "is HeteroFL's ResNet152 with a head of 1000 classes; with ten it is 15.51. Its memory is "
+        "the states of one client of each network, as often as a method keeps them.",
+        f"Measured: with the networks of this scale ({WIDTHS[place.scale]} for HeteroFL and "
+        "FedRolex). Peaks are of a process of its own that does the first two rounds, the library "
+        "and the data among them."])
 
 
-def peak_memory(job: Job) -> float | None:
-    """Of a process that runs the first two rounds of a run, in GiB; None if it fails."""
-    told = job.typed | {"rounds": 2, "eval_every": 2}
+def peak_memory(job: Job, place: Place) -> float | None:
+    """Of a process that does the first two rounds of a run, in GiB, as runs.jsonl has it.
+
+    Measured first if it is not there and runs may be made; None if there is none.
+    """
+    name, flags = f"{job.id}-peak", job.flags | {"rounds": 2, "eval_every": 2}
+    before = recorded(place).get(name)
+    if before is not None or place.jobs == 0:
+        return before and before["peak_gib"]
     with tempfile.TemporaryDirectory() as folder, pool_of(1) as pool:
-        status, _, peak = pool.submit(do, [*command_line(told), "--out", f"{folder}/run"],
+        status, _, peak = pool.submit(do, [*command_line(flags), "--out", f"{folder}/run"],
                                       Path(folder) / "log").result()
+    if status == 0:
+        append(place, name, flags, peak_gib=peak)
     return peak if status == 0 else None
 
 
@@ -807,43 +865,57 @@ def folder_of(lines: Sequence[dict], place: Place) -> Path:
     return RUNS / place.scale / lines[0]["id"]
 
 
-def similarity(table: Table, found: Found, place: Place) -> tuple[Values, dict]:
+def similarity(table: Table, found: Found, place: Place) -> Measured:
     """Mean CKA between different clients by stage; and what was looked at, by row and column."""
     values, looks = {}, {}
     for (row, column), lines in found.items():
         if lines:
-            looks[row, column] = look(folder_of(lines, place))
-            for stage, similar in enumerate(looks[row, column].maps):
-                values[row, f"{column}, stage {stage}"] = [analysis.mean_similarity(similar)]
-    return values, looks
+            seen = looks[row, column] = look(folder_of(lines, place))
+            stages = {f"stage {number}": similar for number, similar in enumerate(seen.maps)}
+            stages["stage 3, unbiased"] = seen.unbiased[3]
+            for stage, similar in stages.items():
+                values[row, f"{column}, {stage}"] = [analysis.mean_similarity(similar)]
+    images = len(next(iter(looks.values())).labels)
+    return Measured(values, looks, [
+        f"Clients are as after one more round of local training. CKA of {images:,} test images, "
+        "between different clients, biased as the paper has it: features that have nothing in "
+        f"common have up to {512 / (512 + images):.2f} in stage 3, of 512 numbers, where the "
+        "unbiased one has 0."])
 
 
-def scattered_clients(table: Table, found: Found, place: Place) -> tuple[Values, dict]:
+def scattered_clients(table: Table, found: Found, place: Place) -> Measured:
     """Fig. 8: of one class, from a client with ResNet10, with ResNet14, with ResNet26."""
+    return scattered(found, place, ("resnet10", "resnet14", "resnet26"), 200, label=0)
+
+
+def scattered_architectures(table: Table, found: Found, place: Place) -> Measured:
+    """Fig. 3: of all classes, from a client of each architecture."""
+    return scattered(found, place, models.MODELS["resnets"], 100)
+
+
+def scattered(found: Found, place: Place, archs: Sequence[str], images: int,
+              label: int | None = None) -> Measured:
+    """t-SNE of the stage 3 features of some networks, of so many images, of one class if given."""
     values, panels = {}, {}
     for (row, _), lines in found.items():
         if lines:
             seen = look(folder_of(lines, place))
-            members = (seen.labels == 0).nonzero().flatten()[:200]  # which class is not stated
-            panels[row], apart = analysis.scatter({arch: seen.features[arch][members] for arch in (
-                "resnet10", "resnet14", "resnet26")})
-            values[row, "silhouette of the clients"] = [apart]
-    return values, panels
+            chosen = torch.arange(len(seen.labels)) if label is None else (
+                seen.labels == label).nonzero().flatten()
+            features = {arch: seen.features[arch][chosen[:images]] for arch in archs}
+            images_shown = len(chosen[:images])
+            panels[row] = analysis.scatter(features)
+            values[row, "nearest neighbours of the same network, share"] = [
+                analysis.own_neighbours(features)]
+    what = f" of class {label} (the paper does not say of which)" if label is not None else ""
+    return Measured(values, panels, [
+        f"Clients are as after one more round of local training; the {images_shown} first test "
+        f"images{what}. A point's nearest neighbour among features "
+        f"of other images is of the same network with a share of {1 / len(archs):.2f} where "
+        "networks see alike, and of 1 where they lie apart."])
 
 
-def scattered_architectures(table: Table, found: Found, place: Place) -> tuple[Values, dict]:
-    """Fig. 3: of all classes, from a client of each architecture."""
-    values, panels = {}, {}
-    for (row, _), lines in found.items():
-        if lines:
-            seen = look(folder_of(lines, place)).features
-            few = {arch: features[:100] for arch, features in seen.items()}
-            panels[row], apart = analysis.scatter(few)
-            values[row, "silhouette of the architectures"] = [apart]
-    return values, panels
-
-
-def attacked(table: Table, found: Found, place: Place) -> tuple[Values, tuple]:
+def attacked(table: Table, found: Found, place: Place) -> Measured:
     """The attack on the features of a run's ResNet18, with the noise that it was trained with."""
     rows, losses, values = {}, {}, {}
     for (row, column), lines in found.items():
@@ -854,7 +926,9 @@ def attacked(table: Table, found: Found, place: Place) -> tuple[Values, tuple]:
             values[row, "loss at the end"] = [done.losses[-1]]
             values[row, "variance of the noise"] = [done.noise]
             values[row, "PSNR, dB"], values[row, "SSIM"] = [done.psnr], [done.ssim]
-    return values, (rows, losses)
+    return Measured(values, (rows, losses), [
+        f"The attack takes {ATTACK_STEPS[place.scale]:,} steps, on {len(rows['true images'])} "
+        "images; dB of PSNR and SSIM are means over these."])
 
 
 @cache
@@ -863,30 +937,43 @@ def attack_on(folder: Path, place: Place, level: float) -> tuple[Tensor, analysi
     return analysis.attack(folder, place.data_dir, steps=ATTACK_STEPS[place.scale], level=level)
 
 
-def dealt_classes(table: Table, found: Found, place: Place) -> tuple[Values, Tensor]:
+def dealt_classes(table: Table, found: Found, place: Place) -> Measured:
     """AP-FL's Table 1, as --missing-classes 0.2 deals out CIFAR-10's classes; images of each."""
-    told = typed(Cell({"method": "fedavg", "setting": "apfl", "dataset": "cifar10",
-                       "missing_classes": 0.2}), place, 0)
-    experiment = run.prepare_experiment(run.resolve(told))
+    cell = Cell({"method": "fedavg", "setting": "apfl", "dataset": "cifar10",
+                 "missing_classes": 0.2})
+    flags = flags_of(cell, place, 0)
+    write_stand_ins(flags, place)
+    experiment = run.prepare_experiment(run.resolve(flags))
     counts = torch.stack([experiment.data.y_train[client.indices].bincount(minlength=10)
                           for client in experiment.clients])
     held = {(f"client {k}", "classes"): [" ".join(map(str, row.nonzero().flatten().tolist()))]
             for k, row in enumerate(counts)}
-    return held, counts
+    return Measured(held, counts, stand_ins([cell], place))
 
 
 # --------------------------------------------------------------------------------- putting together
 
-def papers_numbers() -> dict[str, dict[tuple[str, str], tuple[Any, float | None]]]:
-    """Table -> (row, column) -> the paper's value and, where it gives one, its deviation."""
+class Printed(NamedTuple):
+    """A number, or the classes of a client, as a paper has it."""
+
+    value: Any
+    deviation: float | None
+    text: str
+
+
+Papers = Mapping[tuple[str, str], Printed]  # (row, column) -> what the paper has there
+
+
+def papers_numbers() -> dict[str, Papers]:
+    """By table."""
     found: dict[str, dict] = {}
     with open(PAPERS, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
-            value: Any = line["value"]  # the classes of a client, a round, or another number
-            if re.fullmatch(r"[\d.]+", value):
-                value = float(value) if "." in value else int(value)
-            found.setdefault(line["table"], {})[line["row"], line["column"]] = (
-                value, float(line["deviation"]) if line["deviation"] else None)
+            value, deviation = line["value"], line["deviation"]
+            found.setdefault(line["table"], {})[line["row"], line["column"]] = Printed(
+                float(value) if re.fullmatch(r"[\d.]+", value) else value,
+                float(deviation) if deviation else None,
+                value + f" ± {deviation}" * bool(deviation))
     return found
 
 
@@ -898,21 +985,25 @@ def mean_and_deviation(values: Sequence) -> tuple[Any, float | None]:
     return statistics.mean(there), statistics.stdev(there) if len(there) > 1 else None
 
 
-def number(value: Any, deviation: float | None = None) -> str:
-    """As it stands in a table: three figures, with its deviation."""
+def shown(value: Any, deviation: float | None, beside: str) -> str:
+    """As it stands in a table: with its deviation, and with decimals as the paper's beside it.
+
+    Where there is none: one from ten on, else two.
+    """
     if value is None or isinstance(value, (str, int)):
         return "–" if value is None else str(value)
-    digits = 1 if abs(value) >= 20 else 2
+    decimals = beside.split(" ")[0].partition(".")[2]
+    digits = max(1, len(decimals)) if beside else 1 if abs(value) >= 10 else 2
     text = f"{value:.{digits}f}"
     return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
 
 
-def agreement(values: Values, papers: Mapping) -> dict[str, tuple[int, int]]:
+def agreement(values: Values, papers: Papers) -> dict[str, tuple[int, int]]:
     """Column -> of how many pairs of rows our order is the paper's, and of how many."""
     found = {}
     for column in dict.fromkeys(column for _, column in values):
         never = float("inf")  # a round that was not reached
-        both = [(papers[key][0], never if of and of.count(None) == len(of)
+        both = [(papers[key].value, never if of and of.count(None) == len(of)
                  else mean_and_deviation(of)[0])
                 for key, of in values.items() if key[1] == column and key in papers]
         both = [pair for pair in both if all(isinstance(each, (int, float)) for each in pair)]
@@ -922,7 +1013,7 @@ def agreement(values: Values, papers: Mapping) -> dict[str, tuple[int, int]]:
     return found
 
 
-def markdown(name: str, table: Table, values: Values, papers: Mapping, notes: Sequence[str]) -> str:
+def markdown(name: str, table: Table, values: Values, papers: Papers, notes: Sequence[str]) -> str:
     """A table as Markdown: in each cell the paper's number, a stroke, ours."""
     keys = values.keys() | {key for key in papers if key in table.cells}
     rows = list(dict.fromkeys(row for row, _ in [*table.cells, *values] if any(
@@ -932,12 +1023,12 @@ def markdown(name: str, table: Table, values: Values, papers: Mapping, notes: Se
 
     def cell(row: str, column: str) -> str:
         of = values.get((row, column), [])
-        ours, there = number(*mean_and_deviation(of)), sum(value is not None for value in of)
+        theirs = papers[row, column].text if (row, column) in papers else ""
+        ours = shown(*mean_and_deviation(of), theirs)
+        there = sum(value is not None for value in of)
         if 0 < there < len(of):  # a target that not every seed reached
             ours += f" ({there} of {len(of)})"
-        if not papers:
-            return ours
-        return f"{number(*papers.get((row, column), (None, None)))} / {ours}"
+        return f"{theirs or '–'} / {ours}" if papers else ours
 
     head = ["", *(columns if across else rows)]
     body = [[row, *(cell(row, column) for column in columns)] for row in rows] if across else [
@@ -953,8 +1044,7 @@ def markdown(name: str, table: Table, values: Values, papers: Mapping, notes: Se
                         f"![{table.title}]({name}.png)"]) + "\n"
 
 
-def notes_of(table: Table, found: Found, place: Place, failed: Mapping[str, str],
-             extra: Any) -> list[str]:
+def notes_of(table: Table, found: Found, place: Place, failed: Mapping[str, str]) -> list[str]:
     """What has to be said with numbers: scale, seeds, command, commits, machines, what lacks."""
     settings = {cell.flags["setting"]: None for cell in table.cells.values()}
     scale = "; ".join(f"`--setting {name}` with " + (", ".join(
@@ -967,20 +1057,14 @@ def notes_of(table: Table, found: Found, place: Place, failed: Mapping[str, str]
     said = [f"Scale **{place.scale}**: {scale or 'as run.py sets it'}. Seeds: "
             f"{', '.join(map(str, range(seeds)))}.",
             f"`{place.command}`; runs of commit {commits or commit()} on {machines or machine()}."
-            + (f" Analyses of commit {commit()}, after one more round (but the attack)."
-               if table.networks else "")]
-    said += [f"{text[0].upper()}{text[1:]}." for text in stand_ins(table, place)]
-    if table.measure is attacked:
-        said.append(f"The attack takes {ATTACK_STEPS[place.scale]:,} steps.")
+            + (f" Analyses of commit {commit()}." if table.networks else ""),
+            *stand_ins(list(table.cells.values()), place)]
     if place.scale != "paper" and any("-widths" in str(cell.flags.get("model", ""))
                                       for cell in table.cells.values()):
         said.append(f"HeteroFL, FedRolex, ScaleFL: {WIDTHS[place.scale]} (paper: ResNet152).")
-    if table.measure is with_rounds and extra:
-        said.append("Targets, %: " + ", ".join(f"{name} {value:.1f}" for name, value in
-                                               extra.items())
-                    + ("." if place.scale == "paper" else ", nine tenths of what FedAvg reaches."))
-    if any("clients" in column for _, column in table.cells) and table.cells and (
-            place.scale != "paper" and "fedin" in settings):
+    if place.scale != "paper" and any("clients" in cell.flags
+                                      and cell.flags["setting"] == "fedin"
+                                      for cell in table.cells.values()):
         said.append("Numbers of clients here: " + ", ".join(
             f"{own} for {theirs}" for theirs, own in CLIENTS[place.scale].items()) + ".")
     lacking = [f"{row} / {column}" for (row, column), those in found.items() if len(those) < seeds]
@@ -993,13 +1077,13 @@ def notes_of(table: Table, found: Found, place: Place, failed: Mapping[str, str]
     return said
 
 
-def write_csv(path: Path, name: str, values: Values, papers: Mapping, scale: str) -> None:
+def write_csv(path: Path, name: str, values: Values, papers: Papers, scale: str) -> None:
     """One line a cell: the paper's number, ours, and every seed's."""
     def fill(file) -> None:
         lines = [["table", "scale", "row", "column", "paper", "paper deviation", "mean",
                   "deviation", "by seed"]]
         for (row, column), of in values.items():
-            lines.append([name, scale, row, column, *papers.get((row, column), (None, None)),
+            lines.append([name, scale, row, column, *papers.get((row, column), (None, None))[:2],
                           *mean_and_deviation(of), " ".join(map(str, of))])
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(lines)
@@ -1010,20 +1094,28 @@ def write_csv(path: Path, name: str, values: Values, papers: Mapping, scale: str
 
 # ----------------------------------------------------------------------------------------- pictures
 
-def numbers(path, table: Table, values: Values, papers: Mapping, extra: Any, title: str) -> None:
+def plot_numbers(path, measured: Measured, papers: Papers, title: str) -> None:
     """The paper's numbers and ours, a panel a column."""
     columns: dict[str, dict] = {}
-    for (row, column), of in values.items():
-        paper, _ = papers.get((row, column), (None, None))
+    for (row, column), of in measured.values.items():
+        paper, *_ = papers.get((row, column), (None,))
         columns.setdefault(column, {})[row] = paper, *mean_and_deviation(of)
-    pictures.draw_numbers(path, columns, "", title)
+    labels = {column: label_of(column) for column in columns}
+    pictures.draw_numbers(path, columns, labels, title)
 
 
-def sweep(label: str, path, table: Table, values: Values, papers: Mapping, extra: Any,
-          title: str) -> None:
+def label_of(column: str) -> str:
+    """What the numbers of a column are, where its name does not say so."""
+    ending = column.rpartition(", ")[2]
+    measures = {"round": "rounds to the target", "speed": "times as fast as FedAvg",
+                "M": "millions", "MiB": "MiB", "GiB": "GiB"}
+    return "MB" if column.startswith("measured: MB") else measures.get(ending, "accuracy, %")
+
+
+def plot_sweep(label: str, path, measured: Measured, papers: Papers, title: str) -> None:
     """A line a row over the columns, which are numbers."""
     lines: dict[str, tuple[list, list, list]] = {}
-    for (row, column), of in values.items():
+    for (row, column), of in measured.values.items():
         mean, deviation = mean_and_deviation(of)
         if mean is not None:
             for part, value in zip(lines.setdefault(row, ([], [], [])), (column, mean,
@@ -1032,67 +1124,69 @@ def sweep(label: str, path, table: Table, values: Values, papers: Mapping, extra
     pictures.draw_lines(path, {"": lines}, (label, "accuracy, %"), title)
 
 
-def curves(path, table: Table, values: Values, papers: Mapping, extra: Any, title: str) -> None:
+def plot_curves(path, measured: Measured, papers: Papers, title: str) -> None:
     """Smoothed accuracy over rounds, a panel a column."""
-    pictures.draw_lines(path, extra["lines"], ("round", "smoothed accuracy, %"), title,
-                        ends=extra["ends"])
+    extra = dict(measured.extra)
+    pictures.draw_lines(path, extra.pop("lines"), ("round", "smoothed accuracy, %"), title, **extra)
 
 
-def stage_lines(path, table: Table, values: Values, papers: Mapping, extra: Mapping,
-                title: str) -> None:
+def plot_stages(path, measured: Measured, papers: Papers, title: str) -> None:
     """Mean CKA over stages, a panel a split."""
     panels: dict[str, dict] = {}
-    for (row, column), seen in extra.items():
+    for (row, column), seen in measured.extra.items():
         means = [analysis.mean_similarity(similar) for similar in seen.maps]
         panels.setdefault(column, {})[row] = list(map(str, range(len(means)))), means, None
     pictures.draw_lines(path, panels, ("stage", "mean CKA between clients"), title)
 
 
-def maps(path, table: Table, values: Values, papers: Mapping, extra: Mapping, title: str) -> None:
+def plot_maps(path, measured: Measured, papers: Papers, title: str) -> None:
     """CKA of each client with each, by method, stages 2 and 3."""
-    shown = {f"{row}, stage {stage}": seen.maps[stage] for stage in (2, 3)
-             for (row, _), seen in extra.items()}
-    names = next(iter(extra.values())).names
-    pictures.draw_maps(path, shown, names, "CKA", title, columns=len(extra), limits=(0, 1))
+    looks = measured.extra
+    maps = {f"{row}, stage {stage}": seen.maps[stage] for stage in (2, 3)
+            for (row, _), seen in looks.items()}
+    names = next(iter(looks.values())).names
+    pictures.draw_maps(path, maps, names, ("client", "client: network", "CKA"), title,
+                       columns=len(looks), limits=(0, 1))
 
 
-def points(path, table: Table, values: Values, papers: Mapping, extra: Mapping, title: str) -> None:
+def plot_points(path, measured: Measured, papers: Papers, title: str) -> None:
     """The plane of t-SNE, a panel a method."""
-    pictures.draw_points(path, extra, title)
+    pictures.draw_points(path, measured.extra, title)
 
 
-def reconstructed(with_losses: bool, path, table: Table, values: Values, papers: Mapping,
-                  extra: tuple, title: str) -> None:
+def plot_reconstruction(with_losses: bool, path, measured: Measured, papers: Papers,
+                        title: str) -> None:
     """True and reconstructed images, and the attacker's losses."""
-    rows, losses = extra
+    rows, losses = measured.extra
     pictures.draw_reconstruction(path, rows, losses if with_losses else {}, title)
 
 
-def classes_held(path, table: Table, values: Values, papers: Mapping, extra: Tensor,
-                 title: str) -> None:
+def plot_classes(path, measured: Measured, papers: Papers, title: str) -> None:
     """Images of each class that each client has."""
-    pictures.draw_maps(path, {"class": extra.double()}, [row for row, _ in values], "images", title)
+    pictures.draw_maps(path, {"": measured.extra.double()}, [row for row, _ in measured.values],
+                       ("class", "", "training images"), title)
 
 
 # --------------------------------------------------------------------------------------------- main
 
 def make(name: str, table: Table, place: Place, failed: Mapping[str, str]) -> str:
     """Write what comes of a table's runs to results/SCALE; returns the Markdown."""
-    known, found = recorded(place), {}
+    lines, found = recorded(place), {}
     for key, cell in table.cells.items():
         ids = [job_of(cell, place, seed).id for seed in range(seeds_of(table, place))]
-        found[key] = [known[each] for each in ids if each in known]
+        found[key] = [lines[each] for each in ids if each in lines]
     if table.cells and not any(found.values()):
         return f"{name}: no run is finished"
-    values, extra = table.measure(table, found, place)
-    papers = papers_numbers().get(name, {})
-    text = markdown(name, table, values, papers, notes_of(table, found, place, failed, extra))
+    measured = table.measure(table, found, place)
+    values, papers = measured.values, papers_numbers().get(name, {})
+    notes = [*notes_of(table, found, place, failed), *measured.notes]
+    text = markdown(name, table, values, papers, notes)
     place.results.mkdir(parents=True, exist_ok=True)
     data.write_atomically(place.results / f"{name}.md", lambda file: file.write(text.encode()))
     write_csv(place.results / f"{name}.csv", name, values, papers, place.scale)
     if any(values.values()):
         data.write_atomically(place.results / f"{name}.png", lambda file: table.draw(
-            file, table, values, papers, extra, f"{table.title} (scale: {place.scale})"))
+            file, measured, papers, f"{table.title} (scale: {place.scale})"))
     return text
 
 
@@ -1144,18 +1238,18 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                         "and images: smoke is to try it, paper the papers' own (smoke)")
     parser.add_argument("--seeds", type=int, metavar="N", help="of each run: 0 to N - 1 "
                         "(3; 1 at the scale of smoke)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (as many as cores, on "
-                        "a GPU 1); 0: none, tables of the runs that are finished")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (as many as cores, "
+                        "on a GPU 1); 0: none, tables of the runs that are finished")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="run those rows and "
                         "columns alone that have such a text in their names, as CIFAR-10")
     parser.add_argument("--data-dir", default="data", help="where downloads are kept (data)")
-    told = parser.parse_args(argv)
-    if not told.list and not told.names:
+    args = parser.parse_args(argv)
+    if not args.list and not args.names:
         raise ValueError("nothing to make: name a table, or all, or give --list")
     for name, least in (("seeds", 1), ("jobs", 0)):
-        if getattr(told, name) is not None and getattr(told, name) < least:
+        if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}")
-    return told
+    return args
 
 
 def default_jobs() -> int:
@@ -1178,21 +1272,21 @@ def chosen(names: Sequence[str], tables: Mapping[str, Table]) -> dict[str, Table
 def main(argv: Sequence[str] | None = None) -> int:
     """Make what is asked for; 0, 1 if a run failed, 2 if nothing can be done, 130 if stopped."""
     try:
-        told = read_arguments(argv)
-        if told.list:
-            print(listing(told.data_dir))
+        args = read_arguments(argv)
+        if args.list:
+            print(listing(args.data_dir))
             return 0
         words = sys.argv[1:] if argv is None else argv
-        place = Place(told.scale, told.seeds or SEEDS[told.scale],
-                      default_jobs() if told.jobs is None else told.jobs, told.data_dir,
-                      shlex.join(["python", "tables.py", *words]), tuple(told.only))
-        tables = chosen(told.names, all_tables(told.scale))
-        known, failed = recorded(place), {}
+        place = Place(args.scale, args.seeds or SEEDS[args.scale],
+                      default_jobs() if args.jobs is None else args.jobs, args.data_dir,
+                      shlex.join(["python", "tables.py", *words]), tuple(args.only))
+        tables = chosen(args.names, all_tables(args.scale))
+        lines, failed = recorded(place), {}
         needed = {job.id: job for table in tables.values() for job in jobs_of(table, place)
-                  if table.networks or job.id not in known}
+                  if table.networks or job.id not in lines}
         commit()  # now, for it may be another one when a run ends
         if place.jobs > 0 and needed:
-            siblings = [job for table in all_tables(told.scale).values()
+            siblings = [job for table in all_tables(args.scale).values()
                         for job in jobs_of(table, place._replace(only=()))]
             failed = run_missing(list(needed.values()), siblings, place)
         for name, table in tables.items():

@@ -11,7 +11,9 @@ from torch import nn
 
 import analysis
 import baselines
+import data
 import fedin
+import files
 import models
 from commands import RESNETS, config, go
 
@@ -47,7 +49,8 @@ def test_unbiased_hsic_is_the_mean_over_four_different_images():
     k, m = (x @ x.T).numpy(), (y @ y.T).numpy()
     terms = [k[t, u] * (m[t, u] + m[v, w] - 2 * m[t, v])
              for t, u, v, w in permutations(range(6), 4)]
-    assert float(analysis.unbiased_hsic(x, y)) == pytest.approx(np.mean(terms))
+    centred = x - x.mean(dim=0), y - y.mean(dim=0)
+    assert float(analysis.unbiased_hsic(*centred)) == pytest.approx(np.mean(terms))
 
 
 @pytest.mark.parametrize("unbiased", [False, True])
@@ -103,6 +106,32 @@ def test_tsne_keeps_neighbours_together():
     centres = placed[:20].mean(dim=0), placed[20:].mean(dim=0)
     apart = (centres[0] - centres[1]).norm()
     assert apart > 3 * (placed[:20] - centres[0]).norm(dim=1).mean()
+
+
+def test_points_of_several_sets_are_placed_together_and_each_keeps_its_own():
+    far = {"a": normal(20, 5), "b": normal(20, 5, seed=1) + 30, "c": normal(20, 5, seed=2)}
+    placed = analysis.scatter(far)
+    assert torch.equal(torch.cat(list(placed.values())), analysis.tsne(torch.cat(list(far.values()))))
+    a, b, c = (placed[name].mean(dim=0) for name in "abc")
+    assert (a - b).norm() > 3 * (a - c).norm()
+
+
+def test_neighbours_are_of_the_same_set_where_sets_lie_apart_and_of_any_where_they_agree():
+    x = normal(90, 6)
+    assert analysis.own_neighbours({"a": x, "b": x + 30, "c": x - 30}) == 1
+    assert analysis.own_neighbours({"a": x, "b": x, "c": x}) == pytest.approx(1 / 3)
+    near = {name: x + 0.5 * normal(90, 6, seed=seed) for seed, name in enumerate("abc", 1)}
+    assert analysis.own_neighbours(near) == pytest.approx(1 / 3, abs=0.1)
+    scaled = {name: 7 * part + 1 for name, part in near.items()}
+    assert analysis.own_neighbours(scaled) == analysis.own_neighbours(near)
+    by_hand = 0
+    columns = np.concatenate([part.numpy() for part in near.values()])
+    columns = columns / columns.std(axis=0)
+    for i, row in enumerate(columns):
+        others = [j for j in range(270) if j % 90 != i % 90]
+        nearest = min(others, key=lambda j: np.linalg.norm(columns[j] - row))
+        by_hand += nearest // 90 == i // 90
+    assert analysis.own_neighbours(near) == pytest.approx(by_hand / 270)
 
 
 # ------------------------------------------------------------------------------------ the attack
@@ -252,3 +281,59 @@ def test_one_more_round_needs_a_run_whose_clients_send_something(tmp_path):
     with pytest.raises(ValueError, match="send nothing"):
         analysis.one_more_round(tmp_path / "local")
     assert baselines.METHODS["local"].has_server is False
+
+
+# ------------------------------------------------------------------- what is asked of a finished run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two architectures, tested on few images."""
+    folder = tmp_path_factory.mktemp("runs") / "fedin"
+    go(folder, *RESNETS, "--method", "fedin", "--model", "resnets", "--rounds", "1",
+       "--train-images", "80", "--clients", "6", "--test-images", "20", "--seed", "3")
+    return folder
+
+
+def test_clients_are_compared_on_the_whole_test_set_before_any_average(trained):
+    seen = analysis.look(trained, images=100)
+    settings = files.read_config(trained)
+    whole = data.load(settings["dataset"])
+    assert len(seen.labels) == min(100, len(whole.y_test)) > settings["test_images"]
+    experiment, updates = analysis.one_more_round(trained)
+    order = [int(name.split(":")[0]) for name in seen.names]
+    assert sorted(order) == list(range(6))
+    archs = [experiment.clients[k].arch for k in order]
+    assert archs == sorted(archs) and [f"{k}: {arch}" for k, arch in zip(order, archs)] == seen.names
+    rows = np.linspace(0, len(whole.y_test) - 1, len(seen.labels)).astype(int)
+    assert seen.labels.tolist() == whole.y_test[rows].tolist()
+    mean, deviation = experiment.statistics
+    x, deepest = (whole.x_test[rows] - mean) / deviation, []
+    for k in order[:3]:
+        net = models.load_network(experiment.clients[k].arch, *experiment.shape, updates[k].weights)
+        with torch.no_grad():
+            deepest.append(models.representation(net.eval(), x))
+    for maps, unbiased in ((seen.maps, False), (seen.unbiased, True)):
+        assert len(maps) == 4 and all(tuple(stage.shape) == (6, 6) for stage in maps)
+        expected = analysis.cka_map(deepest, unbiased=unbiased)
+        assert torch.allclose(maps[3][:3, :3], expected, atol=1e-4)
+    assert torch.allclose(seen.features[archs[0]], deepest[0], atol=1e-4)
+    assert seen.features.keys() == set(archs)
+
+
+def test_the_attack_on_a_runs_features_tells_what_the_noise_left(trained):
+    before = (trained / "checkpoint.pt").read_bytes()
+    truth, plain = analysis.attack(trained, "data", steps=40, level=0.0, count=3)
+    again, noisy = analysis.attack(trained, "data", steps=40, level=2.0, count=3)
+    whole = data.load(files.read_config(trained)["dataset"])
+    assert torch.equal(truth, whole.x_test[:3]) and torch.equal(again, truth)
+    assert plain.images.shape == truth.shape and plain.images.dtype == torch.uint8
+    assert plain.noise == 0 and plain.losses[-1] < 0.5 * plain.losses[0]
+    net = files.trained_network(trained, "resnet18")
+    with torch.no_grad():
+        s_in = net.net.extractor(net.prepare(truth))
+    assert noisy.noise == pytest.approx(4 * float(s_in.var()))
+    assert noisy.losses[-1] > 0.2 * noisy.noise > plain.losses[-1]
+    error = (plain.images / 255 - truth / 255).square().mean(dim=(1, 2, 3))
+    assert plain.psnr == pytest.approx(float((-10 * error.log10()).mean()), abs=0.1)
+    assert (trained / "checkpoint.pt").read_bytes() == before

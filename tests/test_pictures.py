@@ -71,8 +71,10 @@ def labels_of(axes) -> list[str]:
 def test_numbers_are_a_panel_a_column_with_the_papers_beside_ours(drawn, tmp_path):
     numbers = {f"column {i}": {"a": (50.0, 30.0, 2.0), "b": (None, 20.0, None),
                                "c": (40.0, None, None)} for i in range(5)}
-    pictures.draw_numbers(tmp_path / "n.png", numbers, "accuracy", "title " * 40)
+    labels = {column: f"unit of {column}" for column in numbers}
+    pictures.draw_numbers(tmp_path / "n.png", numbers, labels, "title " * 40)
     figure = drawn[0]
+    assert [axes.get_xlabel() for axes in figure.axes] == list(labels.values())
     assert [axes.get_title() for axes in figure.axes] == list(numbers)
     assert labels_of(figure.axes[0]) == ["a", "b", "c"]
     marks = {(float(line.get_xdata()[0]), float(line.get_ydata()[0]))
@@ -107,10 +109,12 @@ def test_lines_have_bands_stars_and_targets_and_words_stand_at_equal_distances(d
 def test_maps_share_their_colours(drawn, tmp_path):
     maps = {name: torch.tensor([[1.0, off], [off, 1.0]]) for name, off in (("A", 0.2), ("B", 0.9))}
     for options in ({"limits": (0, 1)}, {"columns": 1}):
-        pictures.draw_maps(tmp_path / "m.png", maps, ["0: cnn", "1: cnn"], "CKA", "title", **options)
+        pictures.draw_maps(tmp_path / "m.png", maps, ["0: cnn", "1: cnn"], ("x", "y", "CKA"),
+                           "title", **options)
     for figure, limits in zip(drawn, ((0, 1), (pytest.approx(0.2), 1))):
         first, second = figure.axes[:2]
         assert labels_of(first) == ["0: cnn", "1: cnn"]
+        assert (second.get_xlabel(), second.get_ylabel()) == ("x", "y")
         assert first.images[0].get_clim() == second.images[0].get_clim() == limits
     assert figure.axes[2].get_ylabel() == "CKA"
 

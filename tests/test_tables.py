@@ -11,12 +11,15 @@ import time
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
+import torch
 from filelock import FileLock
 
+import analysis
 import apfl
 import data
+import files
 import tables
-from commands import ROOT, DROPOUT, FEW, go, result
+from commands import DROPOUT, FEW, FEW_DIGITS, ROOT, go, result
 
 PLACE = tables.Place("small", 3, 1, "data", "python tables.py x")
 
@@ -45,6 +48,7 @@ def test_every_run_of_every_table_can_be_asked_for(capsys):
         assert f"FedIN, Table {number}" in said and (number < 3 or f"FedIN, Fig. {number}" in said)
     for number in range(1, 5):
         assert f"AP-FL, Table {number}" in said
+    assert not list(tables.Path().iterdir())
 
 
 def test_the_papers_numbers_are_those_of_cells_that_we_make():
@@ -56,8 +60,9 @@ def test_the_papers_numbers_are_those_of_cells_that_we_make():
             ending = column.split(", ")[-1]
             assert (row, column) in at_scale[name].cells or (
                 ending in made_besides.get(name, ())), (name, row, column)
-    assert papers["fedin-1"]["FedIN (+Noise)", "CIFAR-10, Non-IID"] == (77.3, None)
-    assert papers["apfl-2"]["AP-FL", "CIFAR-10, 5 clients, alpha 0.01"] == (61.84, 1.75)
+    assert papers["fedin-1"]["FedIN (+Noise)", "CIFAR-10, Non-IID"] == (77.3, None, "77.3")
+    key = "AP-FL", "CIFAR-10, 5 clients, alpha 0.01"
+    assert papers["apfl-2"][key] == (61.84, 1.75, "61.84 ± 1.75")
     counts = {"fedin-1": 144, "fedin-2a": 10, "fedin-2b": 10, "fedin-3": 14, "fedin-4": 12,
               "fedin-5": 30, "fedin-6": 27, "apfl-1": 10, "apfl-2": 140, "apfl-3": 24, "apfl-4": 24}
     assert {name: len(known) for name, known in papers.items()} == counts
@@ -83,6 +88,8 @@ def test_equal_settings_are_one_run_and_machines_do_not_matter():
     moved = settings | {"dataset": "elsewhere/mine.npz", "workers": 1, "device": "cuda"}
     assert tables.digest(settings) == tables.digest(moved)
     assert tables.digest(settings) != tables.digest(settings | {"seed": 1})
+    unused = {"new": None, "switch": False, "several": []}  # which a later run.py may have
+    assert tables.digest(settings) == tables.digest(settings | unused)
 
 
 def test_the_flags_that_only_stages_read_are_apfls():
@@ -170,13 +177,15 @@ def line(accuracy: float, rounds=(4, 8), curve=None, **result) -> dict:
 def test_a_table_is_put_together_as_by_hand(monkeypatch):
     cells = {(row, column): tables.Cell({"setting": "fedin", "method": row, "dataset": "cifar10"})
              for row in ("fedavg", "fedprox", "fedin") for column in ("A", "B")}
-    table = tables.Table("FedIN, Table 0", cells, tables.final, tables.numbers)
+    table = tables.Table("FedIN, Table 0", cells, tables.final, tables.plot_numbers)
     found = {("fedavg", "A"): [line(30), line(32)], ("fedavg", "B"): [line(5)],
              ("fedprox", "A"): [line(33.5), line(33.5)], ("fedprox", "B"): [line(9)],
              ("fedin", "A"): [line(31.5), line(33.5)], ("fedin", "B"): []}
-    papers = {("fedavg", "A"): (60.0, None), ("fedprox", "A"): (70.0, 1.5),
-              ("fedin", "A"): (80.0, None), ("fedin", "B"): (50.0, None)}
-    values, _ = tables.final(table, found, PLACE)
+    papers = {("fedavg", "A"): tables.Printed(60.0, None, "60.00"),
+              ("fedprox", "A"): tables.Printed(70.0, 1.5, "70 ± 1.5"),
+              ("fedin", "A"): tables.Printed(80.0, None, "80.0"),
+              ("fedin", "B"): tables.Printed(50.0, None, "50.0")}
+    values = tables.final(table, found, PLACE).values
     text = tables.markdown("fedin-0", table, values, papers, ["A note."])
     assert text == """# FedIN, Table 0
 
@@ -184,8 +193,8 @@ A note.
 
 |  | A | B |
 | --- | --- | --- |
-| fedavg | 60.0 / 31.0 ± 1.4 | – / 5.00 |
-| fedprox | 70.0 ± 1.5 / 33.5 ± 0.0 | – / 9.00 |
+| fedavg | 60.00 / 31.00 ± 1.41 | – / 5.00 |
+| fedprox | 70 ± 1.5 / 33.5 ± 0.0 | – / 9.00 |
 | fedin | 80.0 / 32.5 ± 1.4 | 50.0 / – |
 
 Every cell: the paper / ours, mean ± standard deviation over the seeds.
@@ -197,11 +206,11 @@ Pairs of rows that come in the paper's order: A 2 of 3.
     tables.write_csv(tables.Path("x.csv"), "fedin-0", values, papers, "small")
     rows = list(csv.DictReader(io.StringIO(tables.Path("x.csv").read_text())))
     assert rows[0] == {"table": "fedin-0", "scale": "small", "row": "fedavg", "column": "A",
-                       "paper": "60.0", "paper deviation": "", "mean": "31.0", "deviation": "1.4142135623730951",
-                       "by seed": "30.0 32.0"}
+                       "paper": "60.0", "paper deviation": "", "mean": "31.0",
+                       "deviation": "1.4142135623730951", "by seed": "30.0 32.0"}
     assert rows[-1]["mean"] == rows[-1]["by seed"] == "" and rows[-1]["paper"] == "50.0"
     failed = {tables.job_of(cells["fedin", "B"], PLACE, 2).id: "no data", "another": "no net"}
-    notes = tables.notes_of(table, found, PLACE, failed, None)
+    notes = tables.notes_of(table, found, PLACE, failed)
     for said in ("Scale **small**", "rounds 20", "Seeds: 0, 1, 2"):
         assert said in notes[0]
     assert "commit abc on one core" in notes[1] and "python tables.py x" in notes[1]
@@ -215,17 +224,18 @@ def test_rounds_to_the_target_and_speed():
     found["FedAvg", key] = [line(50, (4, 8, 12), [10, 46, 50]), line(50, (4, 8, 12), [10, 20, 50])]
     found["FedIN", key] = [line(60, (4, 8, 12), [48, 55, 60]), line(60, (4, 8, 12), [30, 48, 60])]
     found["MOON", key] = [line(9, (4, 8, 12), [9, 9, 9])]
-    values, targets = tables.with_rounds(table, found, PLACE)
-    assert targets == {"CIFAR-10": pytest.approx(45)}
+    values, _, notes = tables.with_rounds(table, found, PLACE)
+    assert notes == ["Targets, %: CIFAR-10 45.0, nine tenths of what FedAvg reaches, non-IID."]
     assert values["FedAvg", "CIFAR-10, round"] == [8, 12]
     assert values["FedIN", "CIFAR-10, round"] == [4, 8]
     assert values["MOON", "CIFAR-10, round"] == [None]
     assert values["FedIN", "CIFAR-10, speed"] == [pytest.approx(10 / 6)]
     assert values["FedAvg", "CIFAR-10, speed"] == [1] and ("MOON", "CIFAR-10, speed") not in values
     found["FedIN", key][1]["accuracy"] = [9, 9, 9]
-    text = tables.markdown("x", table, tables.with_rounds(table, found, PLACE)[0], {}, [])
+    text = tables.markdown("x", table, tables.with_rounds(table, found, PLACE).values, {}, [])
     assert "4 (1 of 2)" in text  # a seed did not get there
-    papers = {("FedIN", "c"): (9, None), ("MOON", "c"): (20, None)}  # rounds; and who never does
+    papers = {("FedIN", "c"): tables.Printed(9.0, None, "9"),  # rounds; and who never does
+              ("MOON", "c"): tables.Printed(20.0, None, "20")}
     assert tables.agreement({("FedIN", "c"): [4], ("MOON", "c"): [None]}, papers) == {"c": (1, 1)}
     assert tables.target_of("CIFAR-10", found, PLACE._replace(scale="paper")) == 60
 
@@ -235,8 +245,66 @@ def test_a_data_set_that_is_not_there_is_said_and_the_others_are_made(monkeypatc
         raise ValueError(f"{name} could not be loaded: no net")
 
     monkeypatch.setattr(data, "download", no_net)
-    job = tables.jobs_of(tables.all_tables("small")["fedin-2b"], PLACE)[0]
-    assert tables.run_missing([job], [], PLACE) == {job.id: "cifar10 could not be loaded: no net"}
+    lost = tables.Cell({"setting": "fedin", "method": "fedavg", "dataset": "cifar10"})
+    kept = tables.Cell({"setting": "quick", "method": "local", "dataset": FEW_DIGITS[1],
+                        "model": "cnn", "rounds": 1, "local_epochs": 1, "clients": 2,
+                        "train_images": 20})
+    monkeypatch.setitem(tables.SCALES["small"], "quick", {})
+    table = tables.Table("A table", {("a", "x"): lost, ("b", "x"): kept}, tables.final,
+                         tables.plot_numbers)
+    monkeypatch.setattr(tables, "all_tables", lambda scale: {"one": table})
+    assert tables.main(["one", "--scale", "small", "--seeds", "1", "--jobs", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "Lacking runs: a / x (cifar10 could not be loaded: no net)." in said
+    assert "| a | – |" in said and "| b | –" not in said
+
+
+def test_costs_are_by_rule_and_as_measured_and_a_peak_is_measured_once(tmp_path):
+    table = tables.all_tables("small")["fedin-4"]
+    found = {key: [] for key in table.cells}
+    key = "FedIN", "CIFAR-10, Non-IID"
+    found[key] = [line(50, upload_mb=4500.0)]
+    job = tables.job_of(table.cells[key], PLACE, 0)
+    tables.append(PLACE, f"{job.id}-peak", job.flags, peak_gib=1.25)
+    values, _, notes = tables.overheads(table, found, PLACE)
+    assert values["FedIN", "measured: peak of the process, GiB"] == [1.25]
+    assert values["FedIN", "measured: MB up a client, round"] == [4500 / (5 * 20)]
+    assert values["FedAvg", "measured: peak of the process, GiB"] == []
+    assert values["FedIN", "parameters sent, M"] == pytest.approx([12.36], abs=0.005)
+    assert values["HeteroFL", "parameters sent, M"] == pytest.approx([15.51], abs=0.005)
+    assert any("16.29" in note and "15.51" in note for note in notes)
+    assert tables.peak_memory(job._replace(folder=tmp_path / "new"), PLACE._replace(jobs=0)) is None
+
+
+def test_what_clients_see_is_shown_by_stage_and_by_method(monkeypatch):
+    flat = [torch.full((4, 4), 0.1 * stage + 0.2).fill_diagonal_(1) for stage in range(4)]
+    features = {arch: torch.randn(40, 6) for arch in ("resnet10", "resnet14", "resnet18",
+                                                      "resnet22", "resnet26")}
+    seen = analysis.Look(flat, [stage - 0.1 for stage in flat], list("abcd"), features,
+                         torch.arange(40) % 2)
+    monkeypatch.setattr(tables, "look", lambda folder: seen)
+    found = {("FedIN", "CIFAR-10, IID"): [{"id": "a"}], ("FedAvg", "CIFAR-10, IID"): []}
+    values, looks, notes = tables.similarity(None, found, PLACE)
+    assert values["FedIN", "CIFAR-10, IID, stage 2"] == pytest.approx([0.4])
+    assert values["FedIN", "CIFAR-10, IID, stage 3, unbiased"] == pytest.approx([0.4])
+    assert looks.keys() == {("FedIN", "CIFAR-10, IID")} and "40 test images" in notes[0]
+    values, panels, notes = tables.scattered_clients(None, found, PLACE)
+    assert {arch: len(at) for arch, at in panels["FedIN"].items()} == {
+        "resnet10": 20, "resnet14": 20, "resnet26": 20}
+    assert "the 20 first test images of class 0" in notes[0] and "0.33" in notes[0]
+    ((share,),) = values.values()
+    of_class = {arch: features[arch][::2] for arch in panels["FedIN"]}
+    assert share == analysis.own_neighbours(of_class)
+
+
+def test_the_dealt_classes_are_those_of_the_dropout_setting(capsys):
+    text = made("apfl-1")
+    assert "In place of cifar10: random images." in text
+    rows = [row.split(" | ")[-1].split("/")[1].strip(" |").split() for row in text.splitlines()
+            if row.startswith("| client")]
+    assert len(rows) == 10 and sorted(rows[-1]) == ["8", "9"]  # who dropped out, and two classes
+    assert all(len(row) == 2 and not set(row) & set(rows[-1]) for row in rows[:-1])
+    assert not list(tables.RUNS.glob("*/*/")) and (tables.RESULTS / "smoke/apfl-1.png").exists()
 
 
 # --------------------------------------------------------------------------------- made for good
@@ -269,7 +337,7 @@ def test_a_figure_whose_runs_share_rounds_is_made_once_even_if_it_is_killed():
     folder = tables.RESULTS / "smoke"
     assert not list(folder.glob("*.md"))
     text, runs = made(*FIG5), finished()
-    assert len(runs) == 2 and "Fashionmnist is digits." in text and "Scale **smoke**" in text
+    assert len(runs) == 2 and "In place of fashionmnist: digits." in text and "Scale **smoke**" in text
     assert (folder / "apfl-fig5b.png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == list(dict.fromkeys(line["id"] for line in lines))
@@ -280,9 +348,15 @@ def test_a_figure_whose_runs_share_rounds_is_made_once_even_if_it_is_killed():
         found = {row["column"]: row["mean"] for row in csv.DictReader(file) if row["mean"]}
     cell = tables.all_tables("smoke")["apfl-fig5b"].cells["Fashion-MNIST", "4"]
     job = tables.job_of(cell, tables.Place("smoke", 1, 1, "data", ""), 0)
-    go(tables.Path("alone"), *tables.command_line(job.typed))
+    go(tables.Path("alone"), *tables.command_line(job.flags))
     assert result(tables.Path("alone")) == result(job.folder)
     assert float(found["4"]) == result(job.folder)["friend_accuracy"] and len(found) == 2
+    cell = tables.all_tables("smoke")["apfl-fig5a"].cells["Fashion-MNIST", "100"]
+    other = tables.job_of(cell, tables.Place("smoke", 1, 1, "data", ""), 0)
+    argv = tables.arguments(other, [job])  # of another command, later
+    assert argv[0] == "--resume" and files.read_config(other.folder)["noise_dim"] == 100
+    begun = files.load_checkpoint(other.folder, "cpu")
+    assert begun.round == 2 and begun.after.keys() == {"late"}  # the generator is another one
     shutil.rmtree(tables.RUNS / "smoke")  # what runs.jsonl has is not run again
     assert made(*FIG5) == text and finished() == {}
 
