@@ -44,7 +44,7 @@ def stage_features(net: nn.Module, batches: Iterable[Tensor]) -> list[Tensor]:
             for stage in net.intermediate.children():
                 out.append(stage(out[-1]))
             by_batch.append([stage.mean(dim=(2, 3)) for stage in out[1:]])
-    return [torch.cat(batches) for batches in zip(*by_batch)]
+    return [torch.cat(batches).cpu() for batches in zip(*by_batch)]
 
 
 def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> float:
@@ -52,7 +52,7 @@ def linear_cka(x: Tensor, y: Tensor, *, unbiased: bool = False) -> float:
 
     x: (N, p), y: (N, q).  HSIC(x, y) / sqrt(HSIC(x, x) HSIC(y, y)) (Kornblith et al. 2019,
     arxiv.org/abs/1905.00414, Sec. 3): 1 for equal representations, up to rotation, reflection,
-    scale and shift.  The biased one, which FedIN's Sec. 5.3 refers to, is near p / (N + p) for
+    scale and shift.  The biased one (FedIN's Sec. 5.3 names neither) is near p / (N + p) for
     independent representations of equal width.
     unbiased: with the estimate of HSIC whose mean is 0 for these; needs N > 3
     Raises ValueError if the two are not of the same number of images.
@@ -284,11 +284,14 @@ def one_more_round(folder: str | Path) -> tuple[Experiment, dict[int, Any]]:
         method = experiment.method._replace(
             server_update=lambda server, updates: updates, distil=None)
         experiment = experiment._replace(settings=settings, method=method)
-        with ThreadPoolExecutor(settings["workers"], initializer=torch.set_num_threads,
-                                initargs=(settings["threads"],)) as pool:
+        pool = ThreadPoolExecutor(settings["workers"], initializer=torch.set_num_threads,
+                                  initargs=(settings["threads"],))
+        try:
             experiment = experiment._replace(train=partial(run.train_clients, experiment, pool))
             updates, _, _ = run.train_round(experiment, progress.round + 1, progress.server,
                                             progress.memory)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for clients
     finally:
         files.leave()
     return experiment, updates

@@ -6,7 +6,8 @@
 
 For each, Markdown, CSV and a picture go to results/SCALE: the paper's number, ours over the seeds,
 and whether methods come in the same order.  Runs lie in runs/tables; what came of a finished one is
-a line of results/SCALE/runs.jsonl and is never run again, and one that was stopped goes on.
+a line of results/SCALE/runs.jsonl and is not run again, unless a figure needs its networks and
+they are gone; one that was stopped goes on.
 
 Reads from top to bottom: scales; the runs of each table, in plain lists of run.py's flags to change
 as you like; data; running what is missing; putting numbers together; the analyses; main().  The
@@ -35,7 +36,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -78,6 +79,7 @@ CLIENTS = {  # FedIN's Table 5: how many there are for the paper's numbers
     "smoke": {10: 5, 20: 6, 50: 7, 100: 8, 200: 9},
     "small": {10: 5, 20: 8, 50: 12, 100: 20, 200: 40},
     "paper": {10: 10, 20: 20, 50: 50, 100: 100, 200: 200}}
+A_ROUND = {"smoke": 2, "small": 5, "paper": 10}  # of these; a tenth of ten would leave no average
 SAMPLES = {  # AP-FL's Fig. 5: synthetic samples a class of a friend model
     "smoke": (2, 4), "small": (10, 30, 100, 200), "paper": (50, 200, 400, 600, 800, 1000)}
 ATTACK_STEPS = {"smoke": 50, "small": 5000, "paper": 100_000}  # the paper's Fig. 10: a million
@@ -171,15 +173,18 @@ def fedin_tables(scale: str) -> dict[str, Table]:
     def several(names: str, **flags: Any) -> dict[str, dict]:
         return {name: methods[name] | flags for name in names.split(", ")}
 
-    counts = {f"{split}, {count} clients": {"dataset": "cifar10", "clients": own, **flags}
+    counts = {f"{split}, {count} clients": {
+        "dataset": "cifar10", "clients": own, "participation": A_ROUND[scale] / own, **flags}
               for split, flags in SPLITS.items() for count, own in CLIENTS[scale].items()}
     apart = several("FedAvg, FedProx, Scaffold, FedNova, MOON, InclusiveFL, FedIN",
                     aggregation="per-architecture")
     noise = {f"noise {level:g}": {"method": "fedin", "noise": level} for level in LEVELS}
-    stages = {name: value for name, value in SCALES[scale]["apfl"].items() if name in STAGES}
+    apfl_scale = SCALES[scale]["apfl"]
+    stages = {name: value for name, value in apfl_scale.items() if name in STAGES}
+    steps = {name: apfl_scale[name] for name in ("distillation_steps",) if name in apfl_scale}
     ours = {"Local": {"method": "local"}, **methods, **{f"{name}, CNN": {
-        "method": name.lower(), "model": "cnn"} for name in ("FedAvg", "FedAvg-FT", "FedGen",
-                                                             "FedDF")},
+        "method": name.lower(), "model": "cnn"} for name in ("FedAvg", "FedAvg-FT", "FedGen")},
+            "FedDF, CNN": {"method": "feddf", "model": "cnn", **steps},
             "AP-FL, CNN": {"method": "apfl", "model": "cnn", **stages}}
     return {
         "fedin-1": Table("FedIN, Table 1: accuracy, %; rounds to the target in non-IID, and how "
@@ -196,7 +201,7 @@ def fedin_tables(scale: str) -> dict[str, Table]:
             "fedin", several("FedAvg, Scaffold, MOON, HeteroFL, FedRolex, FedIN"),
             columns_of(["CIFAR-10"], non_iid)), overheads, plot_numbers),
         "fedin-5": Table("FedIN, Table 5: accuracy, %, by the number of clients, CIFAR-10", cells(
-            "fedin", several("FedAvg, InclusiveFL, FedIN"), counts), final, plot_numbers),
+            "fedin", several("FedAvg, InclusiveFL, FedIN"), counts), by_clients, plot_numbers),
         "fedin-6": Table("FedIN, Table 6: accuracy, %, by the noise on the features, non-IID",
                          cells("fedin", noise, {name: {"dataset": SETS[name], **SPLITS["Non-IID"]}
                                                 for name in sets}), final, plot_numbers),
@@ -223,7 +228,8 @@ def fedin_figures(scale: str) -> dict[str, Table]:
         "fedin-fig4": Table("FedIN, Fig. 4: images reconstructed from features", both, attacked,
                             partial(plot_reconstruction, False), networks=True),
         "fedin-fig5": Table("FedIN, Fig. 5: smoothed accuracy, non-IID CIFAR-10",
-                            cells("fedin", methods, non_iid), to_the_target, plot_curves),
+                            cells("fedin", methods, non_iid), to_the_target,
+                            partial(plot_curves, "smoothed accuracy, %")),
         "fedin-fig6ab": Table("FedIN, Fig. 6a and 6b: mean CKA between clients, by stage", cells(
             "fedin", three, columns_of(["CIFAR-10"])), similarity, plot_stages, networks=True),
         "fedin-fig6c": Table("FedIN, Fig. 6c: accuracy, %, by |S|, non-IID CIFAR-10", cells(
@@ -237,7 +243,8 @@ def fedin_figures(scale: str) -> dict[str, Table]:
                             cells("fedin", three, non_iid), scattered_clients, plot_points,
                             networks=True),
         "fedin-fig9": Table("FedIN, Fig. 9: smoothed accuracy, ablations, non-IID CIFAR-10",
-                            cells("fedin", ABLATIONS, non_iid), over_rounds, plot_curves),
+                            cells("fedin", ABLATIONS, non_iid), over_rounds,
+                            partial(plot_curves, "smoothed accuracy, %")),
         "fedin-fig10": Table("FedIN, Fig. 10: reconstruction from features, with and without noise",
                              both, attacked, partial(plot_reconstruction, True), networks=True)}
 
@@ -259,8 +266,10 @@ def apfl_tables(scale: str) -> dict[str, Table]:
                for mean, whose in (("A_n", ""), ("A_d", "dropout_"))}
     semantics = {key: cell for mean, rows in friends.items() for key, cell in cells(
         "apfl", rows, columns_of(sets, {mean: {}})).items()}
-    swept = {name: Cell({"method": "apfl", "dataset": SETS[name], "clients": 10, "alpha": 0.1},
-                        "friend_accuracy") for name in ("CIFAR-10", "EMNIST", "Fashion-MNIST")}
+    friend = Cell({"method": "apfl", "clients": 10, "alpha": 0.1}, "friend_accuracy")
+    swept = {row: friend._replace(flags={**friend.flags, "dataset": SETS[name]}) for row, name in (
+        ("CIFAR-10", "CIFAR-10"), ("EMNIST", "EMNIST"),
+        ("Fashion-MNIST (not in the paper)", "Fashion-MNIST"))}
     dims = {str(dim): {"noise_dim": dim} for dim in NOISE_DIMS}
     samples = {str(count): {"synthetic_per_class": count} for count in SAMPLES[scale]}
     four = {name: {"dataset": SETS[name], "clients": 5, "alpha": alpha}
@@ -277,8 +286,8 @@ def apfl_tables(scale: str) -> dict[str, Table]:
                         "test set, %; A_n: clients that took part, A_d: the dropout client",
                         semantics, final, plot_numbers),
         "apfl-fig4": Table("AP-FL, Fig. 4: accuracy over rounds, five clients; star: AP-FL's "
-                           "personalised models", cells("apfl", APFL_METHODS, four), over_rounds,
-                           plot_curves),
+                           "personalised models", cells("apfl", APFL_METHODS, four), unsmoothed,
+                           partial(plot_curves, "accuracy, %")),
         "apfl-fig5a": Table("AP-FL, Fig. 5: friend models' accuracy, %, by the length of the noise",
                             cells("apfl", swept, dims), final, partial(plot_sweep, "length of z")),
         "apfl-fig5b": Table("AP-FL, Fig. 5: friend models' accuracy, %, by the number of samples",
@@ -343,16 +352,18 @@ def embeddings(encoder: str | None, name: str, place: Place) -> str:
     """What stands for an encoder's embeddings of a data set's classes, for --semantics.
 
     encoder: None: CLIP, or word vectors where their file is there and none of CLIP's
-    A file ENCODER-DATASET.npz in --data-dir with classes and embeddings goes before the encoder;
-    at the scale of smoke random ones, one a class, if there is none.
+    A file embeddings-ENCODER-DATASET.npz in --data-dir with classes and embeddings goes before the
+    encoder; at the scale of smoke random ones, one a class, if there is none.
     """
+    used = dataset(name, place)
     for choice in [encoder] if encoder else ["clip", "word2vec"]:
-        path = Path(place.data_dir) / f"{choice}-{name}.npz"
-        if path.exists() and dataset(name, place) == name:
+        path = Path(place.data_dir) / f"embeddings-{choice}-{name}.npz"
+        if path.exists() and used == name:
             return str(path)
     if place.scale != "smoke":
         return encoder or "clip"
-    return str(STAND_INS / f"random-{encoder or 'clip'}-{name}.npz")
+    stem = Path(used).stem.removeprefix("random-")
+    return str(STAND_INS / f"random-{encoder or 'clip'}-{stem}.npz")
 
 
 def write_stand_ins(flags: Mapping[str, Any], place: Place) -> None:
@@ -362,7 +373,8 @@ def write_stand_ins(flags: Mapping[str, Any], place: Place) -> None:
             continue
         _, *encoder, name = path.stem.split("-")
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = random_embeddings(*encoder, name, place) if encoder else random_images(name)
+        arrays = random_embeddings(*encoder, flags["dataset"], place.data_dir) if encoder else (
+            random_images(name))
         data.write_atomically(path, lambda file: np.savez(file, **arrays))
 
 
@@ -379,9 +391,9 @@ def random_images(name: str) -> dict[str, np.ndarray]:
     return arrays
 
 
-def random_embeddings(encoder: str, name: str, place: Place) -> dict[str, np.ndarray]:
-    """A random vector a class, another one by another encoder; arrays of an .npz."""
-    classes = data.load(dataset(name, place), place.data_dir).classes
+def random_embeddings(encoder: str, name: str, data_dir: str) -> dict[str, np.ndarray]:
+    """A random vector for each class of a data set, another one by encoder; arrays of an .npz."""
+    classes = data.load(name, data_dir).classes
     rng = np.random.default_rng([("clip", "bert", "word2vec").index(encoder), len(classes)])
     return {"classes": np.array(classes), "embeddings": rng.normal(size=(len(classes), 16))}
 
@@ -396,7 +408,8 @@ def stand_ins(cells: Sequence[Cell], place: Place) -> list[str]:
             what = "digits" if used["dataset"] == "digits" else "random images"
             said[f"In place of {name}: {what}."] = None
         if "semantics" in used and used["semantics"] != flags.get("semantics", "clip"):
-            said[f"Embeddings of {name}: {Path(used['semantics']).stem}."] = None
+            which = Path(used["semantics"]).stem.split("-")[:2]
+            said[f"Embeddings of {name}: {' '.join(reversed(which))}."] = None
     return list(said)
 
 
@@ -430,10 +443,14 @@ class Job(NamedTuple):
 def digest(settings: Mapping[str, Any]) -> str:
     """Of settings that say what comes of a run: ten hexadecimal digits.
 
-    Without those that are off, so that a flag which run.py may get one day changes no others.
+    Without those that are off, so that a flag which run.py may get one day changes no others; an
+    encoder is the same whether it is run or a file has what it gave.
     """
     said = {name: Path(value).name if isinstance(value, str) else value for name, value in
-            settings.items() if name not in MACHINE and value not in (None, False, [])}
+            settings.items() if not (name in MACHINE or value is None or value is False
+                                     or value == [])}
+    if said.get("semantics", "").startswith("embeddings-"):
+        said["semantics"] = said["semantics"].split("-")[1]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -471,7 +488,7 @@ def arguments(job: Job, siblings: Sequence[Job]) -> list[str]:
         if job.settings["method"] != "apfl" or other is None:
             return [*command_line(job.flags), "--out", str(job.folder)]
         begin_after_rounds(job, other)
-    moved = {name: job.flags[name] for name in ("data_dir",) if name in job.flags}
+    moved = {name: job.flags[name] for name in ("data_dir", "semantics") if name in job.flags}
     return ["--resume", "--out", str(job.folder), *command_line(moved)]
 
 
@@ -560,10 +577,9 @@ def run_missing(jobs: Sequence[Job], siblings: Sequence[Job], place: Place) -> d
     Of runs with the same rounds the first goes ahead, and the others begin where those end, as they
     do where those of siblings end, other runs that may be there.
     """
-    lacking = {name: reason for name in {job.settings["dataset"] for job in jobs}
-               if (reason := absent(name, place))}
-    failed = {job.id: lacking[job.settings["dataset"]] for job in jobs
-              if job.settings["dataset"] in lacking}
+    lacking = {name: absent(name, place) for name in {job.settings["dataset"] for job in jobs}}
+    failed = {job.id: reason for job in jobs if (
+        reason := lacking[job.settings["dataset"]] or without_vectors(job.flags, place))}
     left = [job for job in jobs if job.id not in failed and not is_finished(job.folder)]
     lines = recorded(place)
     for job in jobs:
@@ -626,6 +642,14 @@ def absent(name: str, place: Place) -> str:
     return ""
 
 
+def without_vectors(flags: Mapping[str, Any], place: Place) -> str:
+    """Why a run cannot have its word vectors, in a line; "" if it can, or has no need of any."""
+    if flags.get("semantics") != "word2vec":
+        return ""
+    return (f"there are no word vectors: put embeddings-word2vec-{flags['dataset']}.npz, with "
+            f"classes and embeddings, into {place.data_dir}")
+
+
 def share_done(job: Job) -> float:
     """How much of a run's rounds is done, as far as its log tells."""
     try:
@@ -635,10 +659,11 @@ def share_done(job: Job) -> float:
     return min(0.99, lines * job.settings["eval_every"] / job.settings["rounds"])
 
 
-# Seconds a training image on one core with AVX-512, by the network; with the five ResNets' mean.
+# Seconds a training image on one core with AVX-512, by the network; other ResNets as the five.
 PACE = {"cnn": 0.8e-3, "resnets": 3.2e-3, "resnet18": 3.2e-3, "resnet18-widths": 4e-3,
         "resnet152-widths": 40e-3}
 SLOWER = {"fedin": 1.6, "moon": 1.6, "feddf": 2.0}
+A_SAMPLE = 11e-3  # seconds of the generator's training a sample and step
 
 
 def seconds(settings: Mapping[str, Any]) -> float:
@@ -646,19 +671,21 @@ def seconds(settings: Mapping[str, Any]) -> float:
     stem = Path(settings["dataset"]).stem.removeprefix("random-")
     train, test = (settings.get(f"{part}_images") or count
                    for part, count in zip(("train", "test"), FULL.get(stem, (50000, 10000))))
-    pace, clients, method = PACE[settings["model"]], settings["clients"], settings["method"]
+    pace = PACE.get(settings["model"], PACE["resnets"])
+    clients, method = settings["clients"], settings["method"]
     share = settings.get("participation", 1)
     passes = settings["rounds"] * settings["local_epochs"] * train * share
     models_used = clients if method == "local" else len(models.MODELS[settings["model"]])
     evaluations = settings["rounds"] / settings["eval_every"] * models_used
-    total = pace * (passes * SLOWER.get(method, 1) + evaluations * test / 3)
+    total = pace * (passes * SLOWER.get(method, 1) + evaluations * test / 3)  # forward: a third
     if method == "apfl":
-        classes = 10 if stem not in ("cifar100", "emnist") else 60
-        total += settings["generator_steps"] * settings["generator_batch"] * classes * 11e-3
+        classes = {"cifar100": 100, "emnist": 26}.get(stem, 10)
+        total += settings["generator_steps"] * settings["generator_batch"] * classes * A_SAMPLE
         total += pace * clients * classes * (settings["synthetic_per_class"]
                                              * settings["friend_epochs"])
-        total += pace / 3 * clients * (3 * test + 11 * min(test, apfl.BETA_TEST_IMAGES))
-    return 3 + total
+        curve = 11 * min(test, apfl.BETA_TEST_IMAGES)  # over as many betas
+        total += pace / 3 * clients * (3 * test + curve)  # three kinds of models
+    return 3 + total  # to start
 
 
 # ------------------------------------------------------------------- what came of runs, in one file
@@ -727,12 +754,25 @@ def final(table: Table, found: Found, place: Place) -> Measured:
                      for key, lines in found.items()})
 
 
-def mean_curves(found: Found) -> dict[tuple[str, str], tuple[list, list, list]]:
-    """(Row, column) -> rounds, mean accuracy and deviation over seeds, smoothed."""
+def by_clients(table: Table, found: Found, place: Place) -> Measured:
+    """Final accuracies (FedIN, Table 5)."""
+    own = CLIENTS[place.scale]
+    stand_for = "" if place.scale == "paper" else "Numbers of clients here: " + ", ".join(
+        f"{ours} for {theirs}" for theirs, ours in own.items()) + "; "
+    return final(table, found, place)._replace(notes=[
+        f"{stand_for}{A_ROUND[place.scale]} of them take part in each round (the paper does not "
+        "say how many)."])
+
+
+def mean_curves(found: Found, weight: float) -> dict[tuple[str, str], tuple[list, list, list]]:
+    """(Row, column) -> rounds, mean accuracy and its deviation over seeds, smoothed.
+
+    weight: of what was before
+    """
     curves = {}
     for key, lines in found.items():
         if lines:
-            by_seed = np.array([analysis.smoothed(line["accuracy"]) for line in lines])
+            by_seed = np.array([analysis.smoothed(line["accuracy"], weight) for line in lines])
             spread = by_seed.std(axis=0, ddof=1) if len(lines) > 1 else 0 * by_seed[0]
             curves[key] = lines[0]["rounds"], by_seed.mean(axis=0), spread
     return curves
@@ -762,10 +802,10 @@ def with_rounds(table: Table, found: Found, place: Place) -> Measured:
                 all_values[row, f"{name}, round"] = [analysis.rounds_to_target(
                     line["rounds"], line["accuracy"], target) for line in lines]
         for row in dict.fromkeys(row for row, _ in found):
-            base, own = (mean_and_deviation(all_values.get((which, f"{name}, round"), []))[0]
-                         for which in ("FedAvg", row))
-            if base and own:
-                all_values[row, f"{name}, speed"] = [analysis.speed_up(base, own)]
+            base, own = (all_values.get((which, f"{name}, round"), []) for which in ("FedAvg", row))
+            if base and own and None not in base + own:
+                all_values[row, f"{name}, speed"] = [
+                    analysis.speed_up(statistics.mean(base), statistics.mean(own))]
     said = ", ".join(f"{name} {value:.1f}" for name, value in targets.items() if value is not None)
     return Measured(all_values, None, [f"Targets, %: {said}{how_targets(place)}."] if said else [])
 
@@ -775,27 +815,35 @@ def how_targets(place: Place) -> str:
     return "" if place.scale == "paper" else ", nine tenths of what FedAvg reaches, non-IID"
 
 
-def over_rounds(table: Table, found: Found, place: Place) -> Measured:
-    """Final accuracies; and smoothed curves by panel, the column, with what AP-FL ends at."""
+def over_rounds(table: Table, found: Found, place: Place, weight: float = analysis.SMOOTHING
+                ) -> Measured:
+    """Final accuracies; and smoothed curves by panel, the column (FedIN, Fig. 5 and 9)."""
     panels: dict[str, dict] = {}
-    for (row, column), curve in mean_curves(found).items():
+    for (row, column), curve in mean_curves(found, weight).items():
         panels.setdefault(column, {})[row] = curve
-    values = final(table, found, place).values
-    ends = {(column, row): statistics.mean(values[row, column]) for row, column in found
-            if row == "AP-FL" and found[row, column]}
-    return Measured(values, {"lines": panels, "ends": ends},
-                    [f"Curves are smoothed exponentially with weight {analysis.SMOOTHING} (the "
-                     "papers state none); bands: the deviation over the seeds."])
+    return Measured(final(table, found, place).values, {"lines": panels}, [
+        f"Curves are smoothed exponentially with weight {weight} (the paper states none); bands: "
+        "the deviation over the seeds."])
 
 
 def to_the_target(table: Table, found: Found, place: Place) -> Measured:
-    """The same with a line at Table 1's target accuracy (FedIN, Fig. 5)."""
+    """As over_rounds, and by panel the target accuracy of Table 1 (FedIN, Fig. 5)."""
     measured = over_rounds(table, found, place)
     targets = {column: target_of(column.split(", ")[0], found, place) for _, column in found}
     targets = {column: value for column, value in targets.items() if value is not None}
     notes = [f"Target: {value:.1f} %{how_targets(place)}." for value in targets.values()]
     return Measured(measured.values, measured.extra | {"targets": targets},
                     [*measured.notes, *notes])
+
+
+def unsmoothed(table: Table, found: Found, place: Place) -> Measured:
+    """Final accuracies; curves by panel, and what AP-FL ends at (AP-FL, Fig. 4)."""
+    values, extra, _ = over_rounds(table, found, place, weight=0)
+    ends = {(column, row): statistics.mean(values[row, column]) for row, column in found
+            if row == "AP-FL" and found[row, column]}
+    return Measured(values, extra | {"ends": ends}, [
+        "AP-FL's rounds are FedAvg's, so its line covers that one's; what it does after the last "
+        "round leads to the star."])
 
 
 # ------------------------------------------------------------------------------------- the analyses
@@ -830,17 +878,18 @@ def overheads(table: Table, found: Found, place: Place) -> Measured:
             peak_memory(job, place) for _ in lines[:1]]
     return Measured(values, None, [
         "By rule: the paper's networks with heads of ten classes, colour images. The paper's 16.29 "
-        "is HeteroFL's ResNet152 with a head of 1000 classes; with ten it is 15.51. Its memory is "
-        "the states of one client of each network, as often as a method keeps them.",
+        "is of HeteroFL's networks with heads of 1000 classes; with ten it is 15.51. Memory is the "
+        "states of one client of each network (HeteroFL, FedRolex: of the whole ResNet152), as "
+        "often as a method keeps them.",
         f"Measured: with the networks of this scale ({WIDTHS[place.scale]} for HeteroFL and "
         "FedRolex). Peaks are of a process of its own that does the first two rounds, the library "
         "and the data among them."])
 
 
 def peak_memory(job: Job, place: Place) -> float | None:
-    """Of a process that does the first two rounds of a run, in GiB, as runs.jsonl has it.
+    """Peak memory, in GiB, of a process that does the first two rounds of a run.
 
-    Measured first if it is not there and runs may be made; None if there is none.
+    It is kept in runs.jsonl, and measured if it is not there and runs may be made, else None.
     """
     name, flags = f"{job.id}-peak", job.flags | {"rounds": 2, "eval_every": 2}
     before = recorded(place).get(name)
@@ -861,7 +910,7 @@ def look(folder: Path) -> analysis.Look:
 
 
 def folder_of(lines: Sequence[dict], place: Place) -> Path:
-    """Of the first of these runs."""
+    """Where the first of these finished runs has its files."""
     return RUNS / place.scale / lines[0]["id"]
 
 
@@ -878,9 +927,9 @@ def similarity(table: Table, found: Found, place: Place) -> Measured:
     images = len(next(iter(looks.values())).labels)
     return Measured(values, looks, [
         f"Clients are as after one more round of local training. CKA of {images:,} test images, "
-        "between different clients, biased as the paper has it: features that have nothing in "
-        f"common have up to {512 / (512 + images):.2f} in stage 3, of 512 numbers, where the "
-        "unbiased one has 0."])
+        "between different clients, by the biased estimate (the paper names none): features that "
+        f"have nothing in common have up to {512 / (512 + images):.2f} in stage 3, of 512 numbers, "
+        "where the unbiased one has 0."])
 
 
 def scattered_clients(table: Table, found: Found, place: Place) -> Measured:
@@ -907,10 +956,10 @@ def scattered(found: Found, place: Place, archs: Sequence[str], images: int,
             panels[row] = analysis.scatter(features)
             values[row, "nearest neighbours of the same network, share"] = [
                 analysis.own_neighbours(features)]
-    what = f" of class {label} (the paper does not say of which)" if label is not None else ""
+    what = f" of class {label} (the paper does not say which)" if label is not None else ""
     return Measured(values, panels, [
-        f"Clients are as after one more round of local training; the {images_shown} first test "
-        f"images{what}. A point's nearest neighbour among features "
+        f"Clients are as after one more round of local training; {images_shown} test images{what}. "
+        "A point's nearest neighbour among features "
         f"of other images is of the same network with a share of {1 / len(archs):.2f} where "
         "networks see alike, and of 1 where they lie apart."])
 
@@ -945,7 +994,7 @@ def dealt_classes(table: Table, found: Found, place: Place) -> Measured:
     write_stand_ins(flags, place)
     experiment = run.prepare_experiment(run.resolve(flags))
     counts = torch.stack([experiment.data.y_train[client.indices].bincount(minlength=10)
-                          for client in experiment.clients])
+                          for client in experiment.clients]).cpu()
     held = {(f"client {k}", "classes"): [" ".join(map(str, row.nonzero().flatten().tolist()))]
             for k, row in enumerate(counts)}
     return Measured(held, counts, stand_ins([cell], place))
@@ -965,7 +1014,7 @@ Papers = Mapping[tuple[str, str], Printed]  # (row, column) -> what the paper ha
 
 
 def papers_numbers() -> dict[str, Papers]:
-    """By table."""
+    """Table -> the numbers that the papers have there, from results/papers.csv."""
     found: dict[str, dict] = {}
     with open(PAPERS, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
@@ -986,11 +1035,11 @@ def mean_and_deviation(values: Sequence) -> tuple[Any, float | None]:
 
 
 def shown(value: Any, deviation: float | None, beside: str) -> str:
-    """As it stands in a table: with its deviation, and with decimals as the paper's beside it.
+    """A mean, with its deviation, in as many decimals as the paper's number beside it has.
 
-    Where there is none: one from ten on, else two.
+    Without one: one decimal from ten on, else two.  Words and whole numbers stay as they are.
     """
-    if value is None or isinstance(value, (str, int)):
+    if value is None or isinstance(value, str) or isinstance(value, int) and deviation is None:
         return "–" if value is None else str(value)
     decimals = beside.split(" ")[0].partition(".")[2]
     digits = max(1, len(decimals)) if beside else 1 if abs(value) >= 10 else 2
@@ -999,17 +1048,23 @@ def shown(value: Any, deviation: float | None, beside: str) -> str:
 
 
 def agreement(values: Values, papers: Papers) -> dict[str, tuple[int, int]]:
-    """Column -> of how many pairs of rows our order is the paper's, and of how many."""
+    """Column -> of how many pairs of rows our order is the paper's, and of how many.
+
+    A round that not every seed reached comes after all others.
+    """
     found = {}
     for column in dict.fromkeys(column for _, column in values):
-        never = float("inf")  # a round that was not reached
-        both = [(papers[key].value, never if of and of.count(None) == len(of)
-                 else mean_and_deviation(of)[0])
-                for key, of in values.items() if key[1] == column and key in papers]
-        both = [pair for pair in both if all(isinstance(each, (int, float)) for each in pair)]
-        alike, pairs = analysis.in_order(*zip(*both)) if len(both) > 1 else (0, 0)
-        if pairs:
-            found[column] = alike, pairs
+        pairs = []
+        for row, of in ((key[0], of) for key, of in values.items() if key[1] == column):
+            mean, _ = mean_and_deviation(of)
+            if of and None in of:
+                mean = float("inf") if column.endswith(", round") else None
+            paper, *_ = papers.get((row, column), (None,))
+            if all(isinstance(each, (int, float)) for each in (paper, mean)):
+                pairs.append((paper, mean))
+        alike, count = analysis.in_order(*zip(*pairs)) if len(pairs) > 1 else (0, 0)
+        if count:
+            found[column] = alike, count
     return found
 
 
@@ -1038,7 +1093,7 @@ def markdown(name: str, table: Table, values: Values, papers: Papers, notes: Seq
     said = [f"Every cell: {'the paper / ours' if papers else 'ours'}, mean ± standard deviation "
             "over the seeds."]
     if agreed:
-        said.append("Pairs of rows that come in the paper's order: " + "; ".join(
+        said.append("Pairs of rows that come in the paper's order (not so if equal): " + "; ".join(
             f"{column} {alike} of {pairs}" for column, (alike, pairs) in agreed.items()) + ".")
     return "\n\n".join([f"# {table.title}", *notes, "\n".join(lines), *said,
                         f"![{table.title}]({name}.png)"]) + "\n"
@@ -1046,35 +1101,43 @@ def markdown(name: str, table: Table, values: Values, papers: Papers, notes: Seq
 
 def notes_of(table: Table, found: Found, place: Place, failed: Mapping[str, str]) -> list[str]:
     """What has to be said with numbers: scale, seeds, command, commits, machines, what lacks."""
-    settings = {cell.flags["setting"]: None for cell in table.cells.values()}
+    settings = {cell.flags["setting"]: None for cell in table.cells.values()} or {"apfl": None}
     scale = "; ".join(f"`--setting {name}` with " + (", ".join(
         f"{flag} {value}" for flag, value in SCALES[place.scale][name].items()) or "nothing else")
         for name in settings)
     lines = [line for those in found.values() for line in those]
     commits, machines = (", ".join(sorted({line[what] for line in lines}))
                          for what in ("commit", "machine"))
-    seeds = seeds_of(table, place)
-    said = [f"Scale **{place.scale}**: {scale or 'as run.py sets it'}. Seeds: "
-            f"{', '.join(map(str, range(seeds)))}.",
-            f"`{place.command}`; runs of commit {commits or commit()} on {machines or machine()}."
-            + (f" Analyses of commit {commit()}." if table.networks else ""),
+    made = f"runs of commit {commits} on {machines}" if lines else f"commit {commit()}, no runs"
+    said = [f"Scale **{place.scale}**: {scale}. Seeds: "
+            f"{', '.join(map(str, range(seeds_of(table, place))))}.",
+            f"`{place.command}`; {made}."
+            + (f" Analyses of commit {commit()} on {machine()}." if table.networks else ""),
             *stand_ins(list(table.cells.values()), place)]
     if place.scale != "paper" and any("-widths" in str(cell.flags.get("model", ""))
                                       for cell in table.cells.values()):
         said.append(f"HeteroFL, FedRolex, ScaleFL: {WIDTHS[place.scale]} (paper: ResNet152).")
-    if place.scale != "paper" and any("clients" in cell.flags
-                                      and cell.flags["setting"] == "fedin"
-                                      for cell in table.cells.values()):
-        said.append("Numbers of clients here: " + ", ".join(
-            f"{own} for {theirs}" for theirs, own in CLIENTS[place.scale].items()) + ".")
-    lacking = [f"{row} / {column}" for (row, column), those in found.items() if len(those) < seeds]
-    if lacking:
-        reasons = "; ".join(dict.fromkeys(failed[job.id] for job in jobs_of(table, place)
-                                          if job.id in failed)) or "not run"
-        said.append(f"Lacking runs: {', '.join(lacking[:6])}"
-                    + (f" and {len(lacking) - 6} more" if len(lacking) > 6 else "")
-                    + f" ({reasons}).")
-    return said
+    copies: dict[str, set] = {}
+    for key, those in found.items():
+        copies.setdefault(table.cells[key].flags["dataset"], set()).update(
+            line["digests"]["dataset"] for line in those if "digests" in line)
+    said += [f"Not all runs had the same copy of {name}."
+             for name, digests in copies.items() if len(digests) > 1]
+    return said + lacking_runs(table, found, place, failed)
+
+
+def lacking_runs(table: Table, found: Found, place: Place, failed: Mapping[str, str]) -> list[str]:
+    """Which cells lack runs, a sentence for each reason."""
+    why: dict[str, list[str]] = {}
+    for key, cell in table.cells.items():
+        seeds = range(seeds_of(table, place))
+        if len(found[key]) < len(seeds):
+            reasons = {failed[name] for name in (job_of(cell, place, seed).id for seed in seeds)
+                       if name in failed}
+            why.setdefault("; ".join(sorted(reasons)) or "not run", []).append(" / ".join(key))
+    return [f"Lacking runs: {', '.join(names[:6])}"
+            + (f" and {len(names) - 6} more" if len(names) > 6 else "") + f" ({reason})."
+            for reason, names in why.items()]
 
 
 def write_csv(path: Path, name: str, values: Values, papers: Papers, scale: str) -> None:
@@ -1113,21 +1176,21 @@ def label_of(column: str) -> str:
 
 
 def plot_sweep(label: str, path, measured: Measured, papers: Papers, title: str) -> None:
-    """A line a row over the columns, which are numbers."""
-    lines: dict[str, tuple[list, list, list]] = {}
-    for (row, column), of in measured.values.items():
-        mean, deviation = mean_and_deviation(of)
-        if mean is not None:
-            for part, value in zip(lines.setdefault(row, ([], [], [])), (column, mean,
-                                                                         deviation or 0)):
-                part.append(value)
+    """A line a row over the columns, which are numbers; what lacks is a gap."""
+    columns = list(dict.fromkeys(column for _, column in measured.values))
+    lines = {}
+    for row in dict.fromkeys(row for row, _ in measured.values):
+        by_column = [mean_and_deviation(measured.values.get((row, each), [])) for each in columns]
+        if any(mean is not None for mean, _ in by_column):
+            means = [np.nan if mean is None else mean for mean, _ in by_column]
+            lines[row] = columns, means, [deviation or 0 for _, deviation in by_column]
     pictures.draw_lines(path, {"": lines}, (label, "accuracy, %"), title)
 
 
-def plot_curves(path, measured: Measured, papers: Papers, title: str) -> None:
-    """Smoothed accuracy over rounds, a panel a column."""
+def plot_curves(label: str, path, measured: Measured, papers: Papers, title: str) -> None:
+    """Accuracy over rounds, a panel a column."""
     extra = dict(measured.extra)
-    pictures.draw_lines(path, extra.pop("lines"), ("round", "smoothed accuracy, %"), title, **extra)
+    pictures.draw_lines(path, extra.pop("lines"), ("round", label), title, **extra)
 
 
 def plot_stages(path, measured: Measured, papers: Papers, title: str) -> None:
@@ -1145,7 +1208,10 @@ def plot_maps(path, measured: Measured, papers: Papers, title: str) -> None:
     maps = {f"{row}, stage {stage}": seen.maps[stage] for stage in (2, 3)
             for (row, _), seen in looks.items()}
     names = next(iter(looks.values())).names
-    pictures.draw_maps(path, maps, names, ("client", "client: network", "CKA"), title,
+    if len(names) > 25:  # too many to be written
+        archs = [name.split(": ")[1] for name in names]
+        names = [arch if arch != before else "" for before, arch in zip(["", *archs], archs)]
+    pictures.draw_maps(path, maps, names, ("client", "client, network", "CKA"), title,
                        columns=len(looks), limits=(0, 1))
 
 
@@ -1174,9 +1240,10 @@ def make(name: str, table: Table, place: Place, failed: Mapping[str, str]) -> st
     lines, found = recorded(place), {}
     for key, cell in table.cells.items():
         ids = [job_of(cell, place, seed).id for seed in range(seeds_of(table, place))]
-        found[key] = [lines[each] for each in ids if each in lines]
+        found[key] = [lines[each] for each in ids if each in lines and not (
+            table.networks and not is_finished(RUNS / place.scale / each))]
     if table.cells and not any(found.values()):
-        return f"{name}: no run is finished"
+        return f"{name}: no run is finished" + " whose networks are here" * table.networks
     measured = table.measure(table, found, place)
     values, papers = measured.values, papers_numbers().get(name, {})
     notes = [*notes_of(table, found, place, failed), *measured.notes]
@@ -1226,11 +1293,16 @@ def listing(data_dir: str) -> str:
                       "and 2 and AP-FL's Fig. 1 to 3 are drawings."])
 
 
+def raise_usage_error(message: str) -> NoReturn:
+    """What argparse calls when the command line is wrong; main prints it as one line."""
+    raise ValueError(f"{message} (python tables.py --help lists all flags)")
+
+
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """What was typed.  Raises ValueError if it is nothing that can be asked for."""
     parser = argparse.ArgumentParser(prog="python tables.py", allow_abbrev=False,
                                      description=(__doc__ or "").split("\n")[0])
-    parser.error = run.raise_usage_error
+    parser.error = raise_usage_error
     parser.add_argument("names", nargs="*", metavar="NAME", help="fedin-1, apfl-fig4, ..., as "
                         "--list has them; fedin-2 is fedin-2a and fedin-2b; or all")
     parser.add_argument("--list", action="store_true", help="print all names and stop")
@@ -1239,10 +1311,13 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, metavar="N", help="of each run: 0 to N - 1 "
                         "(3; 1 at the scale of smoke)")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (as many as cores, "
-                        "on a GPU 1); 0: none, tables of the runs that are finished")
+                        "on a GPU 1); 0: none, tables of the runs that are finished (figures still "
+                        "look into their networks)")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="run those rows and "
                         "columns alone that have such a text in their names, as CIFAR-10")
-    parser.add_argument("--data-dir", default="data", help="where downloads are kept (data)")
+    parser.add_argument("--data-dir", default="data", help="where downloads are kept, and where "
+                        "you may put embeddings-clip-cifar10.npz (classes, embeddings) and its kin "
+                        "for bert, word2vec and other data sets (data)")
     args = parser.parse_args(argv)
     if not args.list and not args.names:
         raise ValueError("nothing to make: name a table, or all, or give --list")
@@ -1269,6 +1344,14 @@ def chosen(names: Sequence[str], tables: Mapping[str, Table]) -> dict[str, Table
     return found
 
 
+def check_words(words: Sequence[str], tables: Mapping[str, Table]) -> None:
+    """Raise ValueError if a word of --only is in the name of no row or column."""
+    names = {name: None for table in tables.values() for key in table.cells for name in key}
+    for word in words:
+        if not any(word in name for name in names):
+            raise ValueError(f"--only {word}: it is in none of {', '.join(names)}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Make what is asked for; 0, 1 if a run failed, 2 if nothing can be done, 130 if stopped."""
     try:
@@ -1284,6 +1367,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lines, failed = recorded(place), {}
         needed = {job.id: job for table in tables.values() for job in jobs_of(table, place)
                   if table.networks or job.id not in lines}
+        check_words(args.only, tables)
         commit()  # now, for it may be another one when a run ends
         if place.jobs > 0 and needed:
             siblings = [job for table in all_tables(args.scale).values()
@@ -1295,7 +1379,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             except Exception as error:  # whatever it is, the others can be made all the same
                 failed[name] = files.first_line(error)
                 print(f"\n{name}: {type(error).__name__}: {failed[name]}", flush=True)
-        print(f"written to {place.results}")
+        if place.results.exists():
+            print(f"results are in {place.results}")
         return 1 if failed else 0
     except KeyboardInterrupt:
         print("error: stopped; the same command goes on", file=sys.stderr)

@@ -124,6 +124,7 @@ CALLS = {
     "torch_stream": lambda path: draw(data.torch_stream(1, 2)),
     "drawn": lambda path: data.drawn(torch.randn, 2, rng=torch_rng(), device=torch.device("cpu")),
     "load": lambda path: data.load("fashionmnist", path),
+    "cache_path": lambda path: data.cache_path("cifar10", path),
     "read_digits": lambda path: data.read_digits(),
     "download": lambda path: data.download("fashionmnist", path),
     "read_npz": lambda path: data.read_npz(save(path / "a.npz")),

@@ -90,6 +90,11 @@ def test_equal_settings_are_one_run_and_machines_do_not_matter():
     assert tables.digest(settings) != tables.digest(settings | {"seed": 1})
     unused = {"new": None, "switch": False, "several": []}  # which a later run.py may have
     assert tables.digest(settings) == tables.digest(settings | unused)
+    assert tables.digest(settings) != tables.digest(settings | {"beta": 0.0})
+    named, run_here = ({**settings, "semantics": name} for name in (
+        "data/embeddings-clip-mine.npz", "clip"))
+    assert tables.digest(named) == tables.digest(run_here)
+    assert tables.digest(named) != tables.digest(settings | {"semantics": "bert"})
 
 
 def test_the_flags_that_only_stages_read_are_apfls():
@@ -100,6 +105,9 @@ def test_the_flags_that_only_stages_read_are_apfls():
         first = next((name for name in ("late", "generator", "friends")
                       if {"lambda": "balance"}.get(flag, flag) in reads[name]), None)
         assert first in (stage, None), flag
+    by_hand = {"semantics": "generator", "word_vectors": "generator", "beta": "end",
+               "beta_on": "end"}  # what no stage is given as an argument
+    assert {flag: tables.STAGES[flag] for flag in by_hand} == by_hand
 
 
 def test_no_noise_is_the_same_run_as_fedin_and_a_torn_line_is_no_run(tmp_path):
@@ -155,11 +163,30 @@ def test_of_what_was_not_run_nothing_is_written(capsys):
     assert tables.main(["fedin-2", "fedin-fig7", "fedin-fig10", "--jobs", "0"]) == 0
     said = capsys.readouterr().out
     assert said.count("no run is finished") == 4 and not tables.RESULTS.exists()
+    assert said.count("whose networks are here") == 2 and "results are in" not in said
+
+
+def test_embeddings_that_a_user_has_go_before_the_encoder_whose_cache_is_another_file(tmp_path):
+    place, folder = PLACE._replace(data_dir=str(tmp_path / "d")), tmp_path / "d"
+    folder.mkdir()
+    assert tables.embeddings(None, "cifar10", place) == "clip"
+    (folder / "clip-cifar10.npz").touch()  # what --semantics clip leaves
+    assert tables.embeddings(None, "cifar10", place) == "clip"
+    (folder / "embeddings-word2vec-cifar10.npz").touch()
+    assert tables.embeddings(None, "cifar10", place).endswith("d/embeddings-word2vec-cifar10.npz")
+    (folder / "embeddings-clip-cifar10.npz").touch()
+    assert tables.embeddings(None, "cifar10", place).endswith("d/embeddings-clip-cifar10.npz")
+    assert tables.embeddings("bert", "cifar10", place) == "bert"
+    flags = {"dataset": "cifar10", "semantics": tables.embeddings("word2vec", "emnist", place)}
+    assert "put embeddings-word2vec-cifar10.npz" in tables.without_vectors(flags, place)
+    smoke = place._replace(scale="smoke")
+    assert tables.embeddings("bert", "fashionmnist", smoke).endswith("random-bert-digits.npz")
 
 
 @pytest.mark.parametrize("words, said", [
     ("fedin-9", "there is no fedin-9"), ("", "name a table"), ("fedin-1 --seeds 0", "at least 1"),
-    ("fedin-1 --scale huge", "invalid choice"), ("fedin-1 --jobs -1", "at least 0")])
+    ("fedin-1 --scale huge", "(python tables.py --help"), ("fedin-1 --jobs -1", "at least 0"),
+    ("fedin-6 --only CIFAR10", "--only CIFAR10: it is in none of noise 0, Fashion-MNIST, ")])
 def test_mistakes_are_one_line(capsys, words, said):
     assert tables.main(words.split()) == 2
     error = capsys.readouterr().err
@@ -199,7 +226,7 @@ A note.
 
 Every cell: the paper / ours, mean ± standard deviation over the seeds.
 
-Pairs of rows that come in the paper's order: A 2 of 3.
+Pairs of rows that come in the paper's order (not so if equal): A 2 of 3.
 
 ![FedIN, Table 0](fedin-0.png)
 """
@@ -214,7 +241,8 @@ Pairs of rows that come in the paper's order: A 2 of 3.
     for said in ("Scale **small**", "rounds 20", "Seeds: 0, 1, 2"):
         assert said in notes[0]
     assert "commit abc on one core" in notes[1] and "python tables.py x" in notes[1]
-    assert "Lacking runs: fedavg / A" in notes[-1] and notes[-1].endswith("(no data).")
+    assert notes[-2].startswith("Lacking runs: fedavg / A, ") and notes[-2].endswith("(not run).")
+    assert notes[-1] == "Lacking runs: fedin / A, fedin / B (no data)."  # equal settings
 
 
 def test_rounds_to_the_target_and_speed():
@@ -232,11 +260,18 @@ def test_rounds_to_the_target_and_speed():
     assert values["FedIN", "CIFAR-10, speed"] == [pytest.approx(10 / 6)]
     assert values["FedAvg", "CIFAR-10, speed"] == [1] and ("MOON", "CIFAR-10, speed") not in values
     found["FedIN", key][1]["accuracy"] = [9, 9, 9]
-    text = tables.markdown("x", table, tables.with_rounds(table, found, PLACE).values, {}, [])
-    assert "4 (1 of 2)" in text  # a seed did not get there
-    papers = {("FedIN", "c"): tables.Printed(9.0, None, "9"),  # rounds; and who never does
-              ("MOON", "c"): tables.Printed(20.0, None, "20")}
-    assert tables.agreement({("FedIN", "c"): [4], ("MOON", "c"): [None]}, papers) == {"c": (1, 1)}
+    values = tables.with_rounds(table, found, PLACE).values
+    assert "4 (1 of 2)" in tables.markdown("x", table, values, {}, [])  # a seed did not get there
+    assert ("FedIN", "CIFAR-10, speed") not in values
+    rounds = {("FedIN", "x, round"): tables.Printed(9.0, None, "9"),
+              ("MOON", "x, round"): tables.Printed(20.0, None, "20")}
+    for ours, alike in (([8, 8], 1), ([4, None], 0)):  # who does not always get there comes last
+        both = {("FedIN", "x, round"): ours, ("MOON", "x, round"): [12, 12]}
+        assert tables.agreement(both, rounds) == {"x, round": (alike, 1)}
+    other = {(row, "y"): printed for (row, _), printed in rounds.items()}
+    assert tables.agreement({("FedIN", "y"): [4.0], ("MOON", "y"): [None]}, other) == {}
+    assert tables.shown(*tables.mean_and_deviation([8, 12]), "") == "10.0 ± 2.8"
+    assert tables.shown(*tables.mean_and_deviation([8]), "54") == "8"
     assert tables.target_of("CIFAR-10", found, PLACE._replace(scale="paper")) == 60
 
 
@@ -291,7 +326,7 @@ def test_what_clients_see_is_shown_by_stage_and_by_method(monkeypatch):
     values, panels, notes = tables.scattered_clients(None, found, PLACE)
     assert {arch: len(at) for arch, at in panels["FedIN"].items()} == {
         "resnet10": 20, "resnet14": 20, "resnet26": 20}
-    assert "the 20 first test images of class 0" in notes[0] and "0.33" in notes[0]
+    assert "20 test images of class 0" in notes[0] and "0.33" in notes[0]
     ((share,),) = values.values()
     of_class = {arch: features[arch][::2] for arch in panels["FedIN"]}
     assert share == analysis.own_neighbours(of_class)
@@ -307,8 +342,39 @@ def test_the_dealt_classes_are_those_of_the_dropout_setting(capsys):
     assert not list(tables.RUNS.glob("*/*/")) and (tables.RESULTS / "smoke/apfl-1.png").exists()
 
 
+@pytest.mark.parametrize("name", [name for name, table in tables.all_tables("small").items()
+                                  if table.cells and not table.networks])
+def test_every_table_is_written_and_drawn_from_runs_that_are_finished(name, monkeypatch):
+    monkeypatch.setattr(tables, "all_tables", lambda scale, known=tables.all_tables(scale="small"):
+                        {name: known[name]})
+    table, place = tables.all_tables("small")[name], PLACE._replace(seeds=2, jobs=0)
+    lacking = tables.job_of(next(iter(table.cells.values())), place, 1)
+    for number, cell in enumerate(table.cells.values()):
+        for seed in range(2):
+            job = tables.job_of(cell, place, seed)
+            if job.id == lacking.id:
+                continue
+            accuracy = 40.0 + number % 7 + seed
+            tables.append(place, job.id, job.flags, rounds=[4, 8], digests={"dataset": "a"},
+                          accuracy=[accuracy - 5, accuracy],
+                          result={"accuracy": accuracy, "upload_mb": 90.0, cell.value: accuracy})
+    assert tables.main([name, "--scale", "small", "--seeds", "2", "--jobs", "0"]) == 0
+    folder = tables.RESULTS / "small"
+    text = (folder / f"{name}.md").read_text()
+    (row, column), *_ = table.cells
+    assert f"Lacking runs: {row} / {column}" in text and "±" in text
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    with open(folder / f"{name}.csv") as file:
+        made = {(line["row"], line["column"]): line for line in csv.DictReader(file)}
+    key, number = list(table.cells)[-1], len(table.cells) - 1
+    if name != "fedin-4":  # whose columns are others
+        assert made[key]["by seed"] == f"{40.0 + number % 7} {41.0 + number % 7}"
+    assert ("smoothed" in text) == (name in ("fedin-fig5", "fedin-fig9"))
+
+
 # --------------------------------------------------------------------------------- made for good
 
+OURS = "Fashion-MNIST (not in the paper)"
 FIG5 = ["apfl-fig5b", "--only", "Fashion-MNIST", "--jobs", "1"]  # two runs of the CNN on digits
 
 
@@ -346,12 +412,12 @@ def test_a_figure_whose_runs_share_rounds_is_made_once_even_if_it_is_killed():
     assert ["going on after round 2" in log for log in logs] == [True] * 2  # resumed, or begun so
     with open(folder / "apfl-fig5b.csv") as file:
         found = {row["column"]: row["mean"] for row in csv.DictReader(file) if row["mean"]}
-    cell = tables.all_tables("smoke")["apfl-fig5b"].cells["Fashion-MNIST", "4"]
+    cell = tables.all_tables("smoke")["apfl-fig5b"].cells[OURS, "4"]
     job = tables.job_of(cell, tables.Place("smoke", 1, 1, "data", ""), 0)
     go(tables.Path("alone"), *tables.command_line(job.flags))
     assert result(tables.Path("alone")) == result(job.folder)
     assert float(found["4"]) == result(job.folder)["friend_accuracy"] and len(found) == 2
-    cell = tables.all_tables("smoke")["apfl-fig5a"].cells["Fashion-MNIST", "100"]
+    cell = tables.all_tables("smoke")["apfl-fig5a"].cells[OURS, "100"]
     other = tables.job_of(cell, tables.Place("smoke", 1, 1, "data", ""), 0)
     argv = tables.arguments(other, [job])  # of another command, later
     assert argv[0] == "--resume" and files.read_config(other.folder)["noise_dim"] == 100
