@@ -577,9 +577,7 @@ def run_missing(jobs: Sequence[Job], siblings: Sequence[Job], place: Place) -> d
     Of runs with the same rounds the first goes ahead, and the others begin where those end, as they
     do where those of siblings end, other runs that may be there.
     """
-    lacking = {name: absent(name, place) for name in {job.settings["dataset"] for job in jobs}}
-    failed = {job.id: reason for job in jobs if (
-        reason := lacking[job.settings["dataset"]] or without_vectors(job.flags, place))}
+    failed = impossible(jobs, place)
     left = [job for job in jobs if job.id not in failed and not is_finished(job.folder)]
     lines = recorded(place)
     for job in jobs:
@@ -630,6 +628,13 @@ def run_missing(jobs: Sequence[Job], siblings: Sequence[Job], place: Place) -> d
             raise
     bar.close()
     return failed
+
+
+def impossible(jobs: Sequence[Job], place: Place) -> dict[str, str]:
+    """Run -> why it cannot be made, of those that lack their data set or embeddings."""
+    lacking = {name: absent(name, place) for name in {job.settings["dataset"] for job in jobs}}
+    return {job.id: reason for job in jobs if (
+        reason := lacking[job.settings["dataset"]] or without_vectors(job.flags, place))}
 
 
 def absent(name: str, place: Place) -> str:
@@ -977,7 +982,7 @@ def attacked(table: Table, found: Found, place: Place) -> Measured:
             values[row, "PSNR, dB"], values[row, "SSIM"] = [done.psnr], [done.ssim]
     return Measured(values, (rows, losses), [
         f"The attack takes {ATTACK_STEPS[place.scale]:,} steps, on {len(rows['true images'])} "
-        "images; dB of PSNR and SSIM are means over these."])
+        "images; PSNR and SSIM are means over these."])
 
 
 @cache
@@ -1090,8 +1095,9 @@ def markdown(name: str, table: Table, values: Values, papers: Papers, notes: Seq
         [column, *(cell(row, column) for row in rows)] for column in columns]
     lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body)]
     agreed = agreement(values, papers)
-    said = [f"Every cell: {'the paper / ours' if papers else 'ours'}, mean ± standard deviation "
-            "over the seeds."]
+    spread = any(len(of) > 1 for of in values.values())
+    said = [f"Every cell: {'the paper / ours' if papers else 'ours'}"
+            + ", mean ± standard deviation over the seeds" * spread + "."]
     if agreed:
         said.append("Pairs of rows that come in the paper's order (not so if equal): " + "; ".join(
             f"{column} {alike} of {pairs}" for column, (alike, pairs) in agreed.items()) + ".")
