@@ -1080,14 +1080,16 @@ def markdown(name: str, table: Table, values: Values, papers: Papers, notes: Seq
         row == key[0] for key in keys)))
     columns = list(dict.fromkeys(column for _, column in values))
     across = len(columns) <= 12  # else a line a column, as the paper has its long tables
+    most = {column: max(len(of) for key, of in values.items() if key[1] == column)
+            for column in columns}
 
     def cell(row: str, column: str) -> str:
         of = values.get((row, column), [])
         theirs = papers[row, column].text if (row, column) in papers else ""
         ours = shown(*mean_and_deviation(of), theirs)
         there = sum(value is not None for value in of)
-        if 0 < there < len(of):  # a target that not every seed reached
-            ours += f" ({there} of {len(of)})"
+        if 0 < there < most[column]:  # of the seeds, as where not every one reached a target
+            ours += f" ({there} of {most[column]})"
         return f"{theirs or '–'} / {ours}" if papers else ours
 
     head = ["", *(columns if across else rows)]
@@ -1097,7 +1099,8 @@ def markdown(name: str, table: Table, values: Values, papers: Papers, notes: Seq
     agreed = agreement(values, papers)
     spread = any(len(of) > 1 for of in values.values())
     said = [f"Every cell: {'the paper / ours' if papers else 'ours'}"
-            + ", mean ± standard deviation over the seeds" * spread + "."]
+            + ", mean ± standard deviation over the seeds; (k of n): over k of these alone" * spread
+            + "."]
     if agreed:
         said.append("Pairs of rows that come in the paper's order (not so if equal): " + "; ".join(
             f"{column} {alike} of {pairs}" for column, (alike, pairs) in agreed.items()) + ".")
