@@ -1098,9 +1098,8 @@ def markdown(name: str, table: Table, values: Values, papers: Papers, notes: Seq
     lines = ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body)]
     agreed = agreement(values, papers)
     spread = any(len(of) > 1 for of in values.values())
-    said = [f"Every cell: {'the paper / ours' if papers else 'ours'}"
-            + ", mean ± standard deviation over the seeds; (k of n): over k of these alone" * spread
-            + "."]
+    said = [f"Every cell: {'the paper / ours' if papers else 'ours'}" + spread * (
+        ", mean ± standard deviation over the seeds; (k of n): over k of these alone") + "."]
     if agreed:
         said.append("Pairs of rows that come in the paper's order (not so if equal): " + "; ".join(
             f"{column} {alike} of {pairs}" for column, (alike, pairs) in agreed.items()) + ".")
