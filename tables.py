@@ -34,6 +34,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
+from itertools import combinations, takewhile
 from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -95,7 +96,7 @@ class Cell(NamedTuple):
 
 
 Cells = Mapping[tuple[str, str], Cell]  # (row, column) -> cell
-Found = Mapping[tuple[str, str], list[dict]]  # (row, column) -> the lines of finished runs, by seed
+Found = Mapping[tuple[str, str], list[dict]]  # (row, column) -> lines of runs of seeds 0, 1, ...
 Values = dict[tuple[str, str], list]  # (row, column) -> a value a seed, None where there is none
 
 
@@ -783,41 +784,43 @@ def mean_curves(found: Found, weight: float) -> dict[tuple[str, str], tuple[list
     return curves
 
 
-def target_of(name: str, found: Found, place: Place) -> float | None:
-    """The accuracy whose round is looked for: the paper's, at other scales what FedAvg reaches.
+def targets_of(name: str, found: Found, place: Place) -> list[float]:
+    """By seed, the accuracy whose round is looked for: the paper's, or by what FedAvg reaches.
 
-    That is nine tenths of its mean accuracy after the last round, non-IID.
+    That is, at other scales, nine tenths of its last accuracy, non-IID, with the same seed.
     """
     if place.scale == "paper":
-        return TARGETS[name]
-    last = [line["accuracy"][-1] for line in found.get(("FedAvg", f"{name}, Non-IID"), [])]
-    return 0.9 * statistics.mean(last) if last else None
+        return [TARGETS[name]] * place.seeds
+    return [0.9 * line["accuracy"][-1] for line in found.get(("FedAvg", f"{name}, Non-IID"), [])]
 
 
 def with_rounds(table: Table, found: Found, place: Place) -> Measured:
     """Accuracies, and by data set the round of the target and the speed against FedAvg's."""
-    values = final(table, found, place).values
-    targets = {name: target_of(name, found, place) for name in TARGETS}
-    all_values = {}
-    for name, target in targets.items():
+    accuracies, values, said = final(table, found, place).values, {}, []
+    for name in TARGETS:
+        targets = targets_of(name, found, place)
+        said += [f"{name} {statistics.mean(targets):.1f}"] if targets else []
         for (row, column), lines in found.items():
             if column.startswith(f"{name}, "):
-                all_values[row, column] = values[row, column]
-            if column == f"{name}, Non-IID" and target is not None:
-                all_values[row, f"{name}, round"] = [analysis.rounds_to_target(
-                    line["rounds"], line["accuracy"], target) for line in lines]
+                values[row, column] = accuracies[row, column]
+            if column == f"{name}, Non-IID" and targets:
+                values[row, f"{name}, round"] = [
+                    analysis.rounds_to_target(line["rounds"], line["accuracy"], target)
+                    for line, target in zip(lines, targets)]
         for row in dict.fromkeys(row for row, _ in found):
-            base, own = (all_values.get((which, f"{name}, round"), []) for which in ("FedAvg", row))
-            if base and own and None not in base + own:
-                all_values[row, f"{name}, speed"] = [
+            base, own = (values.get((which, f"{name}, round"), []) for which in ("FedAvg", row))
+            base, own = zip(*zip(base, own)) if own else ((), ())  # the seeds of both
+            if own and None not in base + own:
+                values[row, f"{name}, speed"] = [
                     analysis.speed_up(statistics.mean(base), statistics.mean(own))]
-    said = ", ".join(f"{name} {value:.1f}" for name, value in targets.items() if value is not None)
-    return Measured(all_values, None, [f"Targets, %: {said}{how_targets(place)}."] if said else [])
+    return Measured(values, None, [
+        f"Targets, %: {', '.join(said)}{how_targets(place)}."] if said else [])
 
 
 def how_targets(place: Place) -> str:
     """Where targets come from, if not from the paper."""
-    return "" if place.scale == "paper" else ", nine tenths of what FedAvg reaches, non-IID"
+    return "" if place.scale == "paper" else (
+        ", nine tenths of what FedAvg reaches with the same seed, non-IID")
 
 
 def over_rounds(table: Table, found: Found, place: Place, weight: float = analysis.SMOOTHING
@@ -834,8 +837,8 @@ def over_rounds(table: Table, found: Found, place: Place, weight: float = analys
 def to_the_target(table: Table, found: Found, place: Place) -> Measured:
     """As over_rounds, and by panel the target accuracy of Table 1 (FedIN, Fig. 5)."""
     measured = over_rounds(table, found, place)
-    targets = {column: target_of(column.split(", ")[0], found, place) for _, column in found}
-    targets = {column: value for column, value in targets.items() if value is not None}
+    by_seed = {column: targets_of(column.split(", ")[0], found, place) for _, column in found}
+    targets = {column: statistics.mean(each) for column, each in by_seed.items() if each}
     notes = [f"Target: {value:.1f} %{how_targets(place)}." for value in targets.values()]
     return Measured(measured.values, measured.extra | {"targets": targets},
                     [*measured.notes, *notes])
@@ -1055,22 +1058,31 @@ def shown(value: Any, deviation: float | None, beside: str) -> str:
 def agreement(values: Values, papers: Papers) -> dict[str, tuple[int, int]]:
     """Column -> of how many pairs of rows our order is the paper's, and of how many.
 
-    A round that not every seed reached comes after all others.
+    Two rows are compared over the seeds that both have; who did not get to a target with each of
+    these comes after who did.
     """
     found = {}
     for column in dict.fromkeys(column for _, column in values):
-        pairs = []
-        for row, of in ((key[0], of) for key, of in values.items() if key[1] == column):
-            mean, _ = mean_and_deviation(of)
-            if of and None in of:
-                mean = float("inf") if column.endswith(", round") else None
-            paper, *_ = papers.get((row, column), (None,))
-            if all(isinstance(each, (int, float)) for each in (paper, mean)):
-                pairs.append((paper, mean))
-        alike, count = analysis.in_order(*zip(*pairs)) if len(pairs) > 1 else (0, 0)
-        if count:
-            found[column] = alike, count
+        rows = [key for key, of in values.items() if of and key[1] == column and key in papers]
+        counts = [analysis.in_order(*pair) for pair in (
+            numbers_of(pair, values, papers) for pair in combinations(rows, 2)) if pair]
+        alike, pairs = map(sum, zip(*counts)) if counts else (0, 0)
+        if pairs:
+            found[column] = alike, pairs
     return found
+
+
+def numbers_of(pair: Sequence[tuple[str, str]], values: Values, papers: Papers
+               ) -> tuple[list[float], list[float]] | None:
+    """Two cells' numbers in the paper, and ours over the seeds of both; None if one has none."""
+    seeds = min(len(values[key]) for key in pair)
+    theirs, ours = [papers[key].value for key in pair], []
+    for key in pair:
+        of = values[key][:seeds]
+        reached = None not in of or not key[1].endswith(", round")
+        ours.append(mean_and_deviation(of)[0] if reached else float("inf"))
+    numeric = all(isinstance(each, (int, float)) for each in theirs + ours)
+    return (theirs, ours) if numeric else None
 
 
 def markdown(name: str, table: Table, values: Values, papers: Papers, notes: Sequence[str]) -> str:
@@ -1101,8 +1113,9 @@ def markdown(name: str, table: Table, values: Values, papers: Papers, notes: Seq
     said = [f"Every cell: {'the paper / ours' if papers else 'ours'}" + spread * (
         ", mean ± standard deviation over the seeds; (k of n): over k of these alone") + "."]
     if agreed:
-        said.append("Pairs of rows that come in the paper's order (not so if equal): " + "; ".join(
-            f"{column} {alike} of {pairs}" for column, (alike, pairs) in agreed.items()) + ".")
+        said.append("Pairs of rows in the paper's order, over the seeds of both (equal ones are not): "
+                    + "; ".join(f"{column} {alike} of {pairs}"
+                                for column, (alike, pairs) in agreed.items()) + ".")
     return "\n\n".join([f"# {table.title}", *notes, "\n".join(lines), *said,
                         f"![{table.title}]({name}.png)"]) + "\n"
 
@@ -1248,8 +1261,9 @@ def make(name: str, table: Table, place: Place, failed: Mapping[str, str]) -> st
     lines, found = recorded(place), {}
     for key, cell in table.cells.items():
         ids = [job_of(cell, place, seed).id for seed in range(seeds_of(table, place))]
-        found[key] = [lines[each] for each in ids if each in lines and not (
-            table.networks and not is_finished(RUNS / place.scale / each))]
+        there = takewhile(lambda each: each in lines and not (
+            table.networks and not is_finished(RUNS / place.scale / each)), ids)
+        found[key] = [lines[each] for each in there]
     if table.cells and not any(found.values()):
         return f"{name}: no run is finished" + " whose networks are here" * table.networks
     measured = table.measure(table, found, place)
