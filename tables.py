@@ -770,6 +770,15 @@ def by_clients(table: Table, found: Found, place: Place) -> Measured:
         "say how many)."])
 
 
+def of_common_seeds(found: Found) -> Found:
+    """The cells that have any runs, each with as many as every one of its column, for its seeds."""
+    fewest: dict[str, int] = {}
+    for (_, column), lines in found.items():
+        if lines:
+            fewest[column] = min(len(lines), fewest.get(column, len(lines)))
+    return {key: lines[:fewest[key[1]]] for key, lines in found.items() if lines}
+
+
 def mean_curves(found: Found, weight: float) -> dict[tuple[str, str], tuple[list, list, list]]:
     """(Row, column) -> rounds, mean accuracy and its deviation over seeds, smoothed.
 
@@ -777,10 +786,9 @@ def mean_curves(found: Found, weight: float) -> dict[tuple[str, str], tuple[list
     """
     curves = {}
     for key, lines in found.items():
-        if lines:
-            by_seed = np.array([analysis.smoothed(line["accuracy"], weight) for line in lines])
-            spread = by_seed.std(axis=0, ddof=1) if len(lines) > 1 else 0 * by_seed[0]
-            curves[key] = lines[0]["rounds"], by_seed.mean(axis=0), spread
+        by_seed = np.array([analysis.smoothed(line["accuracy"], weight) for line in lines])
+        spread = by_seed.std(axis=0, ddof=1) if len(lines) > 1 else 0 * by_seed[0]
+        curves[key] = lines[0]["rounds"], by_seed.mean(axis=0), spread
     return curves
 
 
@@ -826,29 +834,30 @@ def how_targets(place: Place) -> str:
 def over_rounds(table: Table, found: Found, place: Place, weight: float = analysis.SMOOTHING
                 ) -> Measured:
     """Final accuracies; and smoothed curves by panel, the column (FedIN, Fig. 5 and 9)."""
-    panels: dict[str, dict] = {}
-    for (row, column), curve in mean_curves(found, weight).items():
+    panels, common = {}, of_common_seeds(found)
+    for (row, column), curve in mean_curves(common, weight).items():
         panels.setdefault(column, {})[row] = curve
+    seeds = " and ".join(sorted({str(len(lines)) for lines in common.values()}))
     return Measured(final(table, found, place).values, {"lines": panels}, [
-        f"Curves are smoothed exponentially with weight {weight} (the paper states none); bands: "
-        "the deviation over the seeds."])
+        f"Curves are means over the seeds that all of a panel have (how many: {seeds}), with a band "
+        f"of their deviation, smoothed exponentially with weight {weight} (the papers state none)."])
 
 
 def to_the_target(table: Table, found: Found, place: Place) -> Measured:
     """As over_rounds, and by panel the target accuracy of Table 1 (FedIN, Fig. 5)."""
-    measured = over_rounds(table, found, place)
-    by_seed = {column: targets_of(column.split(", ")[0], found, place) for _, column in found}
+    values, extra, notes = over_rounds(table, found, place)
+    by_seed = {column: targets_of(column.split(", ")[0], of_common_seeds(found), place)
+               for _, column in found}
     targets = {column: statistics.mean(each) for column, each in by_seed.items() if each}
-    notes = [f"Target: {value:.1f} %{how_targets(place)}." for value in targets.values()]
-    return Measured(measured.values, measured.extra | {"targets": targets},
-                    [*measured.notes, *notes])
+    return Measured(values, extra | {"targets": targets}, [
+        *notes, *(f"Target: {value:.1f} %{how_targets(place)}." for value in targets.values())])
 
 
 def unsmoothed(table: Table, found: Found, place: Place) -> Measured:
     """Final accuracies; curves by panel, and what AP-FL ends at (AP-FL, Fig. 4)."""
     values, extra, _ = over_rounds(table, found, place, weight=0)
-    ends = {(column, row): statistics.mean(values[row, column]) for row, column in found
-            if row == "AP-FL" and found[row, column]}
+    ends = {(column, "AP-FL"): statistics.mean(line["result"]["accuracy"] for line in lines)
+            for (row, column), lines in of_common_seeds(found).items() if row == "AP-FL"}
     return Measured(values, extra | {"ends": ends}, [
         "AP-FL's rounds are FedAvg's, so its line covers that one's; what it does after the last "
         "round leads to the star."])
@@ -1113,9 +1122,9 @@ def markdown(name: str, table: Table, values: Values, papers: Papers, notes: Seq
     said = [f"Every cell: {'the paper / ours' if papers else 'ours'}" + spread * (
         ", mean ± standard deviation over the seeds; (k of n): over k of these alone") + "."]
     if agreed:
-        said.append("Pairs of rows in the paper's order, over the seeds of both (equal ones are not): "
-                    + "; ".join(f"{column} {alike} of {pairs}"
-                                for column, (alike, pairs) in agreed.items()) + ".")
+        said.append("Pairs of rows in the paper's order, over the seeds of both (equal ones are "
+                    "not): " + "; ".join(f"{column} {alike} of {pairs}"
+                                         for column, (alike, pairs) in agreed.items()) + ".")
     return "\n\n".join([f"# {table.title}", *notes, "\n".join(lines), *said,
                         f"![{table.title}]({name}.png)"]) + "\n"
 

@@ -284,6 +284,23 @@ def test_rows_are_in_the_papers_order_over_the_seeds_of_both():
     assert tables.agreement(three, other) == {"y": (1, 1)}
 
 
+def test_curves_are_of_the_seeds_that_all_methods_of_a_panel_have():
+    table = tables.all_tables("small")["fedin-fig5"]
+    found, key = {each: [] for each in table.cells}, "CIFAR-10, Non-IID"
+    found["FedAvg", key] = [line(20, (4, 8), [10, 20]), line(90, (4, 8), [80, 90])]
+    found["FedIN", key] = [line(40, (4, 8), [30, 40])]
+    values, extra, notes = tables.to_the_target(table, found, PLACE)
+    assert values["FedAvg", key] == [20, 90] and extra["targets"] == {key: pytest.approx(18)}
+    rounds, mean, spread = extra["lines"][key]["FedAvg"]
+    assert list(rounds) == [4, 8] and list(mean) == pytest.approx([10, 14]) and not spread.any()
+    assert extra["lines"][key].keys() == {"FedAvg", "FedIN"}
+    assert "that all of a panel have (how many: 1)" in notes[0]
+    found["FedIN", key].append(line(60, (4, 8), [50, 60]))
+    rounds, mean, spread = tables.over_rounds(table, found, PLACE, weight=0).extra["lines"][key][
+        "FedIN"]
+    assert list(mean) == [40, 50] and list(spread) == pytest.approx([200 ** 0.5] * 2)
+
+
 def test_a_data_set_that_is_not_there_is_said_and_the_others_are_made(monkeypatch, capsys):
     def no_net(name, data_dir):
         raise ValueError(f"{name} could not be loaded: no net")
