@@ -839,8 +839,9 @@ def over_rounds(table: Table, found: Found, place: Place, weight: float = analys
         panels.setdefault(column, {})[row] = curve
     seeds = " and ".join(sorted({str(len(lines)) for lines in common.values()}))
     return Measured(final(table, found, place).values, {"lines": panels}, [
-        f"Curves are means over the seeds that all of a panel have (how many: {seeds}), with a band "
-        f"of their deviation, smoothed exponentially with weight {weight} (the papers state none)."])
+        f"Curves are means over the seeds that all of a panel have (how many: {seeds}), with a "
+        f"band of their deviation, smoothed exponentially with weight {weight} (the papers state "
+        "none)."])
 
 
 def to_the_target(table: Table, found: Found, place: Place) -> Measured:
