@@ -1307,22 +1307,28 @@ def jobs_of(table: Table, place: Place) -> list[Job]:
 
 
 def listing(data_dir: str) -> str:
-    """Every table and figure, with its runs and an estimate of time at each scale."""
+    """Every table and figure, with its runs and an estimate of their time at each scale."""
+    places = {scale: Place(scale, seeds, 1, data_dir, "") for scale, seeds in SEEDS.items()}
     by_scale = {scale: all_tables(scale) for scale in SCALES}
-    lines = [f"{'name':14}{'runs a seed':>12}" + "".join(
-        f"{f'{scale}, {seeds} seeds':>16}" for scale, seeds in SEEDS.items())]
+    lines = [f"{'name':14}" + "".join(
+        f"{scale + f', {seeds} seed' + 's' * (seeds > 1):>22}" for scale, seeds in SEEDS.items())]
+
+    def add(name: str, title: str, tables_of: Mapping[str, Sequence[Table]]) -> None:
+        said = []
+        for scale, tables in tables_of.items():
+            jobs = {job.id: job for table in tables for job in jobs_of(table, places[scale])}
+            hours = sum(seconds(job.settings) for job in jobs.values()) / 3600
+            said.append(f"{len(jobs)} runs, " + (
+                f"{60 * hours:.0f} min" if hours < 1 else f"{hours:,.0f} h"))
+        lines.extend([f"{name:14}" + "".join(f"{each:>22}" for each in said), f"    {title}"])
+
     for name, table in by_scale["paper"].items():
-        times = []
-        for scale, tables in by_scale.items():
-            jobs = jobs_of(tables[name], Place(scale, 1, 1, data_dir, ""))
-            of_seeds = 1 if table.networks else SEEDS[scale]
-            hours = of_seeds * sum(seconds(job.settings) for job in jobs) / 3600
-            times.append(f"{60 * hours:.0f} min" if hours < 1 else f"{hours:,.0f} h")
-        lines += [f"{name:14}{len(jobs):>12}" + "".join(f"{each:>16}" for each in times),
-                  f"    {table.title}"]
-    return "\n".join([*lines, "", "Times are estimates for one core without the analyses, and "
-                      "tables share runs: many others need some of fedin-1's.", "FedIN's Fig. 1 "
-                      "and 2 and AP-FL's Fig. 1 to 3 are drawings."])
+        add(name, table.title, {scale: [tables[name]] for scale, tables in by_scale.items()})
+    add("all", "All of these, which share runs", {scale: list(tables.values())
+                                                  for scale, tables in by_scale.items()})
+    return "\n".join([*lines, "", "Times are estimates for one core, without the analyses. Figures "
+                      "that look into networks take one seed.", "FedIN's Fig. 1 and 2 and AP-FL's "
+                      "Fig. 1 to 3 are drawings."])
 
 
 def raise_usage_error(message: str) -> NoReturn:
@@ -1332,8 +1338,12 @@ def raise_usage_error(message: str) -> NoReturn:
 
 def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """What was typed.  Raises ValueError if it is nothing that can be asked for."""
-    parser = argparse.ArgumentParser(prog="python tables.py", allow_abbrev=False,
-                                     description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python tables.py", allow_abbrev=False, description=(__doc__ or "").split("\n")[0],
+        epilog="Tables and pictures go to results/SCALE, and so does runs.jsonl, a line for each "
+        "run that is finished; runs lie in runs/tables/SCALE. At the scale of smoke digits and "
+        "random images stand for data sets that are not in --data-dir, elsewhere they are "
+        "downloaded.")
     parser.error = raise_usage_error
     parser.add_argument("names", nargs="*", metavar="NAME", help="fedin-1, apfl-fig4, ..., as "
                         "--list has them; fedin-2 is fedin-2a and fedin-2b; or all")
@@ -1341,7 +1351,7 @@ def read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", choices=SCALES, default="smoke", help="rounds, clients, epochs "
                         "and images: smoke is to try it, paper the papers' own (smoke)")
     parser.add_argument("--seeds", type=int, metavar="N", help="of each run: 0 to N - 1 "
-                        "(3; 1 at the scale of smoke)")
+                        "(3; 1 at the scale of smoke and for figures that look into networks)")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (as many as cores, "
                         "on a GPU 1); 0: none, tables of the runs that are finished (figures still "
                         "look into their networks)")
