@@ -977,9 +977,8 @@ def scattered(found: Found, place: Place, archs: Sequence[str], images: int,
     what = f" of class {label} (the paper does not say which)" if label is not None else ""
     return Measured(values, panels, [
         f"Clients are as after one more round of local training; {images_shown} test images{what}. "
-        "A point's nearest neighbour among features "
-        f"of other images is of the same network with a share of {1 / len(archs):.2f} where "
-        "networks see alike, and of 1 where they lie apart."])
+        "A point's nearest neighbour among features of other images is of the same network with a "
+        f"share of {1 / len(archs):.2f} where networks see alike, and of 1 where they lie apart."])
 
 
 def attacked(table: Table, found: Found, place: Place) -> Measured:
@@ -1207,11 +1206,15 @@ def label_of(column: str) -> str:
 
 
 def plot_sweep(label: str, path, measured: Measured, papers: Papers, title: str) -> None:
-    """A line a row over the columns, which are numbers; what lacks is a gap."""
-    columns = list(dict.fromkeys(column for _, column in measured.values))
-    lines = {}
-    for row in dict.fromkeys(row for row, _ in measured.values):
-        by_column = [mean_and_deviation(measured.values.get((row, each), [])) for each in columns]
+    """A line a row over the columns, which are numbers; what lacks is a gap.
+
+    Over the seeds that all have that were run at all: others' means are of other splits.
+    """
+    values, lines = measured.values, {}
+    columns = list(dict.fromkeys(column for _, column in values))
+    seeds = min((len(of) for of in values.values() if of), default=0)
+    for row in dict.fromkeys(row for row, _ in values):
+        by_column = [mean_and_deviation(values.get((row, each), [])[:seeds]) for each in columns]
         if any(mean is not None for mean, _ in by_column):
             means = [np.nan if mean is None else mean for mean, _ in by_column]
             lines[row] = columns, means, [deviation or 0 for _, deviation in by_column]

@@ -301,6 +301,17 @@ def test_curves_are_of_the_seeds_that_all_methods_of_a_panel_have():
     assert list(mean) == [40, 50] and list(spread) == pytest.approx([200 ** 0.5] * 2)
 
 
+def test_a_sweep_is_of_the_seeds_that_all_have(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(tables.pictures, "draw_lines", lambda *args: drawn.append(args))
+    values = {("a", "8"): [20.0], ("a", "16"): [30.0, 90.0, 90.0], ("b", "8"): [], ("b", "16"): [7.0]}
+    tables.plot_sweep("x", "path", tables.Measured(values), {}, "title")
+    (_, panels, labels, _), = drawn
+    assert panels[""]["a"] == (["8", "16"], [20, 30], [0, 0]) and labels[0] == "x"
+    gap, seven = panels[""]["b"][1]
+    assert gap != gap and seven == 7
+
+
 def test_a_data_set_that_is_not_there_is_said_and_the_others_are_made(monkeypatch, capsys):
     def no_net(name, data_dir):
         raise ValueError(f"{name} could not be loaded: no net")
