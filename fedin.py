@@ -3,8 +3,8 @@
 Anonymous authors, FedIN: Federated Intermediate Layers Learning for Model Heterogeneity (under
 double-blind review).  Equation and section numbers below are this paper's.
 
-In reading order: the two pieces of mathematics (gradient alleviation, Eq. 8-13; noise, Sec. 4.3),
-then one round: what the server sends, what a client does with it, what the server keeps.
+In reading order: the two pieces of mathematics (gradient alleviation, Eq. 8-13; noise, Sec. 4.3);
+one step; then one round: the download, the client's update, the server's update.
 
 symbol            name                shape
 x, y              x, y                (B, C, 32, 32), (B,)
@@ -13,13 +13,14 @@ S                 features            rows of (s_in, s_out) from other clients
 w_e, w_in, w_c    model.extractor, model.intermediate, model.classifier
 G_local, G_IN, Z  local, inner, combined gradients, tensor by tensor as the parameters
 mu                mu                  weight of the proximal term; the paper prints mu/2 = 0.05
-lambda            multiplier          Lagrange multiplier; Eq. 13 weighs G_local by half of it
+lambda                                Lagrange multiplier, 1; Eq. 13 weighs G_local by half of it
 
 FedIN without IN training is FedProx under the same average (Table 2b and Table 1 agree on it).
 """
 
-from collections.abc import Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -27,30 +28,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from baselines import (FEDAVG, IN_STEP, Client, Flag, Result, Stream, add_proximal_gradient,
-                       fedavg_init, fedavg_server_update, reset)
-from data import BATCHES, FEATURE_BATCH, FEATURE_NOISE, FEATURE_POOL, NOISE, ClientData, batches
-from models import State, copy_state, layerwise_average, learnt_part
+from baselines import (FEDAVG, SYNCHRONOUS, add_proximal_gradient, fedavg_init,
+                       fedavg_server_update, fedprox_step)
+from data import (BATCHES, FEATURE_BATCH, FEATURE_NOISE, FEATURE_POOL, NOISE, ClientData, Stream,
+                  batches, drawn)
+from federation import Client, Result, reset, run_steps
+from models import State, copy_parameters, copy_state
 
 MU = 0.1  # mu, Sec. 5.1: "mu/2 ... is 0.05"
-MULTIPLIER = 1.0  # lambda, Sec. 4.2
-NOISE_LEVEL = 0.8  # of FedIN (+Noise), in standard deviations of the features, Sec. 4.3
-NOISE_ON = "features"  # Sec. 4.3; see PAPERS.md
+NOISE_LEVEL = 0.8  # FedIN (+Noise), in standard deviations of the features, Sec. 4.3
 FEATURE_BATCH_SIZE = 16  # |S|, Sec. 5.4 and Fig. 6c
 FEATURE_BATCHES = 1  # "sample number", Fig. 6d
+LOCAL_SHARE = {"simplified": 0.5, "exact": 1.0, "sum": 1.0}  # --projection -> weight of G_local;
+# Eq. 13 has lambda / 2 = 0.5, "sum" is "w/o Opt" in Table 2b
 
-Features = tuple[Tensor, Tensor]  # (s_in, s_out), one row a sample
+Features = tuple[Tensor, Tensor]  # (s_in, s_out), one row per sample
 
 
-class Received(NamedTuple):
-    """What the server sends to a client."""
+class Download(NamedTuple):
+    """Download of a client."""
 
     weights: State
-    features: Features | None  # S; None where there is none to be had, as in round 1
+    features: Features | None  # S; None if other clients have sent none, as in round 1
 
 
-class Update(NamedTuple):
-    """What a client sends to the server."""
+class Upload(NamedTuple):
+    """Upload of a client."""
 
     weights: State
     num_samples: int  # n_k
@@ -60,16 +63,15 @@ class Update(NamedTuple):
 # --------------------------------------------------------------- gradient alleviation (Section 4.2)
 
 def project_gradient(inner: Tensor, local: Tensor) -> Tensor:
-    """The point nearest to G_IN that does not oppose G_local (Eq. 12, the solution of Eq. 9).
+    """Nearest point to G_IN that does not oppose G_local (Eq. 12, the solution of Eq. 9).
 
     Z = G_IN                    if b >= 0
     Z = G_IN - (b/a) G_local    if b < 0,   with a = <G_local, G_local>, b = <G_local, G_IN>
     inner, local: G_IN and G_local of one weight tensor, of equal shape, as Z
-    Note that G_local has no share in Z at all where the two agree (b >= 0).
+    G_local has no share in Z at all if the two agree (b >= 0).
     """
-    # Of unit vectors, with a largest entry of 1, no square overflows or underflows; b/a is the same
-    # but for that factor.  Clamped rather than branched on, so that nothing waits for the device;
-    # the clamps keep out 0/0.
+    # Scaled to a largest entry of 1, no square overflows or underflows; b/a differs by that factor.
+    # Clamps take the place of branches, so that nothing waits for the device, and keep out 0/0.
     tiny = torch.finfo(local.dtype).tiny
     largest_inner, largest_local = (tensor.abs().amax().clamp(min=tiny)
                                     for tensor in (inner, local))
@@ -80,42 +82,70 @@ def project_gradient(inner: Tensor, local: Tensor) -> Tensor:
     return inner - largest_inner * (step * local_unit)
 
 
-def project_gradients(inner: Mapping[str, Tensor], local: Mapping[str, Tensor], *,
-                      whole: bool = False) -> dict[str, Tensor]:
-    """Eq. 12 for the intermediate layers: tensor by tensor, or for all of them as one vector.
-
-    inner: name -> G_IN;  local: name -> G_local, with at least the names of inner
-    """
-    if not whole:
-        return {name: project_gradient(inner[name], local[name]) for name in inner}
-    combined = project_gradient(torch.cat([inner[name].flatten() for name in inner]),
-                                torch.cat([local[name].flatten() for name in inner]))
-    pieces = combined.split([gradient.numel() for gradient in inner.values()])
-    return {name: piece.view_as(inner[name]) for name, piece in zip(inner, pieces)}
+def set_projected_gradients(intermediate: nn.Module, l_in: Tensor) -> None:
+    """Replace the gradients G_local that the intermediate layers hold by Z of Eq. 12."""
+    parameters = list(intermediate.parameters())
+    for parameter, inner in zip(parameters, torch.autograd.grad(l_in, parameters)):
+        # Copied into the old gradient's memory layout, which fused Adam relies on.
+        parameter.grad.copy_(project_gradient(inner, parameter.grad))
 
 
 # ------------------------------------------------------------------------------ noise (Section 4.3)
 
-def add_noise(s: Tensor, level: float, rng: torch.Generator, *,
-              per_channel: bool = False) -> Tensor:
-    """s + level sigma z with z ~ N(0, 1), where sigma is the standard deviation of s itself.
+def add_noise(s: Tensor, level: float, z: Tensor) -> Tensor:
+    """s + level sigma z, where sigma is the standard deviation of s, over the whole tensor.
 
-    sigma is taken over the whole tensor, or over each channel, and carries no gradient.
-    level: 0.8 in the paper (Sec. 4.3); at 0 nothing is drawn and s itself is returned
+    level: 0.8 in the paper (Sec. 4.3);  z: standard normal noise, shaped like s
+    No gradient flows through sigma.
     """
-    if level == 0:
-        return s
-    over = [dim for dim in range(s.ndim) if dim != 1] if per_channel else None
-    sigma = s.detach().std(dim=over, keepdim=True)
-    # From page-locked memory, so that the draw waits for nothing that a GPU has to do.
-    z = torch.randn(s.shape, generator=rng, pin_memory=s.is_cuda).to(s.device, non_blocking=True)
-    return s + level * sigma * z
+    return s + level * s.detach().std() * z
+
+
+# ----------------------------------------------------------------------------------------- one step
+
+def fedin_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor,
+               features: Features | None, z: Features | None, start: State, *, mu: float,
+               noise: float, projection: str) -> Tensor:
+    """One step of local training and IN training together; return the detached cross entropy.
+
+    features: (s_in, s_out) of other clients; None: local training alone, with coefficient 1
+    z: standard normal noise shaped like (s_in, s_out) of the batch; None: no noise
+    start: name -> the parameters that local training began with
+    noise: level in standard deviations of the features
+    projection: a key of LOCAL_SHARE
+    """
+    # Forward pass, Eq. 4 to 6; the cross entropy is the first term of Eq. 3.
+    s_in = model.extractor(x)
+    s_in = s_in if z is None else add_noise(s_in, noise, z[0])
+    s_out = model.intermediate(s_in)
+    s_out = s_out if z is None else add_noise(s_out, noise, z[1])
+    l_ce = F.cross_entropy(model.classifier(s_out), y)
+
+    # IN training on others' features, Eq. 7
+    l_in = None
+    if features is not None:
+        l_in = F.mse_loss(model.intermediate(features[0]), features[1])
+
+    # Gradients; the proximal term is the second term of Eq. 3.
+    optimizer.zero_grad()
+    if l_in is None or projection == "exact":
+        l_ce.backward()
+        add_proximal_gradient(model, start, mu)
+        if l_in is not None:
+            set_projected_gradients(model.intermediate, l_in)  # Eq. 12
+    else:
+        # G_IN is zero outside the intermediate layers, so Eq. 13 is one backward pass.
+        share = LOCAL_SHARE[projection]
+        (l_in + share * l_ce).backward()
+        add_proximal_gradient(model, start, share * mu)
+    optimizer.step()
+    return l_ce.detach()
 
 
 # ---------------------------------------------------------------------------------------- one round
 
 def fedin_init(weights: dict[str, State]) -> dict:
-    """The server's state: global weights, and a pool of features that is empty before round 1.
+    """Server state before round 1: global weights, and an empty pool of features.
 
     Later the pool holds owner (P,), the client of each row, s_in (P, 64, 8, 8) and
     s_out (P, 512, 1, 1) for the ResNets.
@@ -125,144 +155,121 @@ def fedin_init(weights: dict[str, State]) -> dict:
 
 def fedin_download(server: dict, client: Client, stream: Stream, *,
                    feature_batch_size: int = FEATURE_BATCH_SIZE,
-                   feature_batches: int = FEATURE_BATCHES, one_owner: bool = False) -> Received:
-    """Global weights, and batches of features of other clients, never its own (Sec. 4.1).
+                   feature_batches: int = FEATURE_BATCHES) -> Download:
+    """Send global weights, and batches of features of other clients, never its own (Sec. 4.1).
 
-    The rows are drawn without replacement from all that the others sent in the round before, which
-    mixes owners and architectures, or with one_owner from those of a single other client.
+    The rows are drawn without replacement from all that the others sent in the last round, which
+    mixes owners and architectures.
     """
     weights, pool = server["weights"][client.arch], server["pool"]
     if not pool:
-        return Received(weights, None)
-    rng = stream(FEATURE_POOL)
-    others = pool["owner"] != client.id
-    if one_owner and others.any():
-        owners = pool["owner"][others].unique()
-        others = pool["owner"] == owners[torch.randint(len(owners), (), generator=rng)]
-    rows = others.nonzero().flatten()
+        return Download(weights, None)
+    rows = (pool["owner"] != client.id).nonzero().flatten()
     if len(rows) == 0:
-        return Received(weights, None)
-    rows = rows[torch.randperm(len(rows), generator=rng)[: feature_batch_size * feature_batches]]
-    return Received(weights, (pool["s_in"][rows], pool["s_out"][rows]))
+        return Download(weights, None)
+    order = torch.randperm(len(rows), generator=stream(FEATURE_POOL))
+    rows = rows[order[: feature_batch_size * feature_batches]]
+    return Download(weights, (pool["s_in"][rows], pool["s_out"][rows]))
 
 
-def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Received,
+def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Download,
                         data: ClientData, stream: Stream, *, local_epochs: int, batch_size: int,
-                        mu: float = MU, noise: float = 0.0, projection: str = "simplified",
+                        mu: float = MU, noise: float = 0.0, noise_on: str = "features",
+                        projection: str = "simplified",
                         feature_batch_size: int = FEATURE_BATCH_SIZE,
-                        feature_batches: int = FEATURE_BATCHES, multiplier: float = MULTIPLIER,
-                        noise_on: str = NOISE_ON, in_statistics: str = "batch and running",
-                        whole: bool = False) -> Result:
+                        feature_batches: int = FEATURE_BATCHES) -> Result:
     """Local training and IN training together, then one upload of features (Sec. 4.1 and 4.2).
 
-    projection: how G_IN and G_local become Z: "simplified" (Eq. 13), "exact" (Eq. 12 on the
-        intermediate layers, G_local elsewhere) or "sum" (G_IN + G_local, "w/o Opt" in Table 2b)
-    multiplier: lambda of Eq. 13
-    noise: level in standard deviations of the features (Sec. 4.3)
-    feature_batch_size, feature_batches: rows of a batch of features, and how many batches it sends;
-        those received take turns, one a step
-    noise_on: "features", in every forward pass and so on what is sent, or on the "upload" alone
-    in_statistics: what batch normalisation does with other clients' features in IN training:
-        "batch and running" (plain training mode), "batch" (running statistics unmoved) or "running"
-    whole: True: Eq. 12 on all intermediate layers as one vector; False: tensor by tensor
-    Without features to learn from, as in round 1, the loss is l_local with coefficient 1; without
-    noise that is FedProx.
+    noise, projection: see fedin_step
+    noise_on: "features", in every forward pass and so on the upload, or on the "upload" alone
+    feature_batch_size, feature_batches: rows of a batch of features, and batches that are sent;
+        batches received take turns, one per step
+    Without noise, and without features to learn from as in round 1, this is FedProx.
     """
     reset(model, optimizer, received.weights)
-    rng = stream(NOISE)
-    level = {"features": noise, "upload": 0.0}[noise_on]
+    start, images = copy_parameters(model), batches(data, batch_size, local_epochs, stream(BATCHES))
+    level = noise if noise_on == "features" else 0.0
     pairs = feature_pairs(received.features, feature_batch_size)
-    local_share = {"simplified": multiplier / 2, "exact": 1.0, "sum": 1.0}[projection]
-    start, loss_sum, samples = learnt_part(model, received.weights), 0.0, 0
-    for step, (x, y) in enumerate(batches(data, batch_size, local_epochs, stream(BATCHES))):
-        s_in = add_noise(model.extractor(x), level, rng)  # Eq. 4
-        s_out = add_noise(model.intermediate(s_in), level, rng)  # Eq. 5
-        l_ce = F.cross_entropy(model.classifier(s_out), y)  # Eq. 6; first term of Eq. 3
-        optimizer.zero_grad()
-        if not pairs:
-            l_ce.backward()
-            add_proximal_gradient(model, start, mu)  # second term of Eq. 3
-        else:
-            theirs_in, theirs_out = pairs[step % len(pairs)]
-            with batch_norm_mode(model.intermediate, in_statistics):
-                l_in = F.mse_loss(model.intermediate(theirs_in), theirs_out)  # Eq. 7
-            if projection == "exact":
-                l_ce.backward()
-                add_proximal_gradient(model, start, mu)
-                set_projected_gradients(model.intermediate, l_in, whole)  # Eq. 12
-            else:  # G_IN is zero outside the intermediate layers, so Eq. 13 is one backward pass
-                (l_in + local_share * l_ce).backward()
-                add_proximal_gradient(model, start, local_share * mu)
-        optimizer.step()
-        loss_sum, samples = loss_sum + l_ce.detach() * len(y), samples + len(y)
+    if pairs or level:
+        step = partial(fedin_step, model, optimizer, mu=mu, noise=level, projection=projection)
+        shapes = feature_shapes(model, data.images) if level else None
+        images = with_features(images, pairs, shapes, stream(NOISE))
+    else:
+        step = partial(fedprox_step, model, optimizer, mu=mu)
+    loss, samples = run_steps(step, images, start)
 
-    weights = copy_state(model)
-    features = None
+    weights, features = copy_state(model), None
     if feature_batches > 0:
-        features = own_features(model, data, feature_batch_size * feature_batches, stream, noise,
-                                noise_on=noise_on)
-    return Result(Update(weights, len(data.indices), features), float(loss_sum), samples)
+        features = own_features(model, data, feature_batch_size * feature_batches, stream,
+                                noise=noise, noise_on=noise_on)
+    return Result(Upload(weights, len(data.indices), features), loss, samples)
 
 
 def feature_pairs(features: Features | None, batch_size: int) -> list[Features]:
-    """Features as batches; a last one of a single row is left out (for its reason see batches)."""
+    """Split features into batches, without a last one of a single row (data.batches says why)."""
     if features is None:
         return []
     pairs = zip(*(tensor.split(batch_size) for tensor in features))
     return [pair for pair in pairs if len(pair[0]) > 1]
 
 
-@contextmanager
-def batch_norm_mode(intermediate: nn.Module, statistics: str):
-    """Batch normalisation for IN training; see in_statistics of fedin_client_update."""
-    by_batch, track = {"batch and running": (True, True), "batch": (True, False),
-                       "running": (False, True)}[statistics]
-    layers = [layer for layer in intermediate.modules() if isinstance(layer, nn.BatchNorm2d)]
-    for layer in layers:
-        layer.train(by_batch)
-        layer.track_running_stats = track
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.train()
-            layer.track_running_stats = True
+@torch.no_grad()
+def feature_shapes(model: nn.Module, images: Tensor) -> Features:
+    """Features (s_in, s_out) of one black image, for their shapes; the model is in training mode.
+
+    images: (N, C, H, W), of any type
+    """
+    model.eval()
+    s_in = model.extractor(torch.zeros_like(images[:1], dtype=torch.float32))
+    shapes = s_in, model.intermediate(s_in)
+    model.train()
+    return shapes
 
 
-def set_projected_gradients(intermediate: nn.Module, l_in: Tensor, whole: bool) -> None:
-    """Replace the gradients G_local that the intermediate layers hold by Z of Eq. 12."""
-    parameters = dict(intermediate.named_parameters())
-    inner = dict(zip(parameters, torch.autograd.grad(l_in, list(parameters.values()))))
-    local = {name: parameter.grad for name, parameter in parameters.items()}
-    for name, gradient in project_gradients(inner, local, whole=whole).items():
-        # Copied into the old gradient's memory layout, on which fused Adam relies.
-        parameters[name].grad.copy_(gradient)
+def with_features(images: Iterator, pairs: list[Features], shapes: Features | None,
+                  rng: torch.Generator) -> Iterator[tuple]:
+    """Batches (x, y, features, z): others' features in turn, and noise, to go with (x, y).
+
+    pairs: batches of features, maybe none;  shapes: see feature_shapes; None: no noise
+    """
+    turns = cycle(pairs or [None])
+    for x, y in images:
+        z = None
+        if shapes is not None:
+            z = tuple(drawn(torch.randn, len(x), *s.shape[1:], rng=rng, device=x.device)
+                      for s in shapes)
+        yield x, y, next(turns), z
 
 
 @torch.no_grad()
-def own_features(model: nn.Module, data: ClientData, count: int, stream: Stream, noise: float, *,
-                 noise_on: str = NOISE_ON, training: bool = False) -> Features:
-    """The features (s_in, s_out) of count of the client's own training images (Eq. 4 and 5).
+def own_features(model: nn.Module, data: ClientData, count: int, stream: Stream, *,
+                 noise: float = 0.0, noise_on: str = "features") -> Features:
+    """Features (s_in, s_out) of count of the client's own training images (Eq. 4 and 5).
 
-    Made after local training, in evaluation mode, or with training in training mode (the model's
-    running statistics are then moved; it is scratch).  A client with fewer images sends them all.
+    Made after local training, in evaluation mode.  A client with fewer images sends them all.
     The images are prepared as for training, so --augment changes them too.
-    noise: what is sent carries it; with noise_on "features" s_out is computed from the noisy s_in
+    noise: the upload carries it; with noise_on "features" s_out is computed from the noisy s_in
     """
-    model.train(training)
+    model.eval()
     order = torch.randperm(len(data.indices), generator=stream(FEATURE_BATCH))[:count]
     x = data.prepare(data.images[data.indices[order.to(data.indices.device)]])
     rng = stream(FEATURE_NOISE)
+
+    def noisy(s: Tensor) -> Tensor:
+        if noise == 0:
+            return s
+        return add_noise(s, noise, drawn(torch.randn, *s.shape, rng=rng, device=s.device))
+
     s_in = model.extractor(x)
-    noisy_in = add_noise(s_in, noise, rng)
+    noisy_in = noisy(s_in)
     s_out = model.intermediate(noisy_in if noise_on == "features" else s_in)
-    return noisy_in.float(), add_noise(s_out, noise, rng).float()  # of bfloat16 with --amp
+    return noisy_in.float(), noisy(s_out).float()  # from bfloat16 with --amp
 
 
-def fedin_server_update(server: dict, updates: Mapping[int, Update], *,
-                        aggregation=layerwise_average, uniform: bool = False) -> dict:
+def fedin_server_update(server: dict, updates: Mapping[int, Upload], *,
+                        aggregation: str = "layerwise") -> dict:
     """Average the weights as FedAvg does (Sec. 4.4), and pool the features for the next round."""
-    server = fedavg_server_update(server, updates, aggregation=aggregation, uniform=uniform)
+    server = fedavg_server_update(server, updates, aggregation=aggregation)
     sent = {k: updates[k].features for k in sorted(updates) if updates[k].features is not None}
     if not sent:
         return {**server, "pool": {}}
@@ -273,37 +280,30 @@ def fedin_server_update(server: dict, updates: Mapping[int, Update], *,
                                "s_out": torch.cat([s_out for _, s_out in sent.values()])}}
 
 
-def fedin_further_traffic(net: nn.Module, image: Tensor, *, feature_batch_size: int,
-                          feature_batches: int) -> list[Tensor]:
-    """Features as a client sends them; net and one image (1, C, H, W) are on the meta device."""
-    s_in = net.extractor(image)
-    return [s.expand(feature_batch_size * feature_batches, *s.shape[1:])
-            for s in (s_in, net.intermediate(s_in))]
-
-
 # ------------------------------------------------------------------------------- method and flags
 
-ABLATIONS = {  # what leaving a part out sets
+ABLATIONS = {  # value of --ablate -> flags that it sets (Table 2b)
     "in": {"feature_batches": 0, "feature_batch_size": 0, "projection": "sum"},
     "prox": {"mu": 0.0}, "opt": {"projection": "sum"}}
 
 METHODS = {"fedin": FEDAVG._replace(
-    paper="FedIN", sends="weights, features", init=fedin_init, download=fedin_download,
-    client_update=fedin_client_update, server_update=fedin_server_update, averages=IN_STEP,
-    further_traffic=fedin_further_traffic, defaults=FEDAVG.defaults | {
-        "mu": MU, "noise": 0.0, "noise_on": NOISE_ON, "projection": "simplified", "ablate": [],
+    init=fedin_init, download=fedin_download, client_update=fedin_client_update,
+    server_update=fedin_server_update, averages=SYNCHRONOUS, defaults=FEDAVG.defaults | {
+        "mu": MU, "noise": 0.0, "noise_on": "features", "projection": "simplified", "ablate": [],
         "feature_batch_size": FEATURE_BATCH_SIZE, "feature_batches": FEATURE_BATCHES})}
 
-FLAGS = [
-    Flag("noise", float, "noise on the features, as a multiple of their standard deviation; FedIN "
-         f"(+Noise), Sec. 4.3: {NOISE_LEVEL}", low=0),
-    Flag("noise_on", str, "noise in every forward pass (Sec. 4.3 of Eq. 5 and 6), or on what is "
-         "sent alone", choices=("features", "upload"), unless={"noise": [0],
-                                                                          "feature_batches": [0]}),
-    Flag("projection", str, "gradient alleviation: Eq. 13, Eq. 12, or none",
-         choices=("simplified", "exact", "sum")),
-    Flag("ablate", list, "leave out IN training, the proximal term, the alleviation (Table 2b)",
-         choices=ABLATIONS, decides=ABLATIONS),
-    Flag("feature_batch_size", int, "features in a batch, |S|, Fig. 6c", low=2),
-    Flag("feature_batches", int, "batches of features sent and received, Fig. 6d", low=1),
-]
+
+def add_arguments(add: Callable, number: Callable) -> None:
+    """Add FedIN's own flags; see run.parser for add and number."""
+    add("--noise", type=number(float, 0), help="noise on the features, as a multiple of their "
+        f"standard deviation (default: 0; FedIN (+Noise), Sec. 4.3: {NOISE_LEVEL})")
+    add("--noise-on", choices=["features", "upload"], help="place of the noise: in every forward "
+        "pass (default; Sec. 4.3 of Eq. 5 and 6), or on the upload alone")
+    add("--projection", choices=list(LOCAL_SHARE), help="gradient alleviation: Eq. 13 (default: "
+        "simplified), Eq. 12 (exact), or none (sum)")
+    add("--ablate", nargs="+", action="extend", choices=list(ABLATIONS), help="leave out IN "
+        "training, the proximal term, the alleviation (Table 2b); one or more")
+    add("--feature-batch-size", type=number(int, 2), help="features per batch, |S|, Fig. 6c "
+        f"(default: {FEATURE_BATCH_SIZE})")
+    add("--feature-batches", type=number(int, 1), help="batches of features sent and received, "
+        f"Fig. 6d (default: {FEATURE_BATCHES})")

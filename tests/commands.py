@@ -1,4 +1,4 @@
-"""Runs through the real command line, in this process or another, and what they leave."""
+"""Runs through the real command line, in this process or another, and the files that they leave."""
 
 import json
 import signal
@@ -7,36 +7,80 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import apfl
-import data
-import generator
-import run
 from tiny import few_digits
 
+import apfl
+import data
+import federation
+import generator
+import partitions
+import run
+
 ROOT = Path(__file__).resolve().parents[1]
+
+# Flags of runs of some seconds, on 400 digits
 FEW_DIGITS = ["--dataset", few_digits(), "--setting", "quick"]
 RESNETS = [*FEW_DIGITS, *("--train-images 60 --clients 5 --participation 0.6 --local-epochs 1 "
                           "--partition iid --batch-size 12").split()]
-RESNET10 = [*RESNETS, "--model", "resnet10"]  # with batch normalisation, and a third of the time
+RESNET10 = [*RESNETS, "--model", "resnet10"]  # with batch normalisation, in a third of the time
 CNN = [*RESNETS, "--model", "cnn", "--train-images", "120"]
 ASYNC = [flag for flag in CNN if flag not in ("--participation", "0.6")]
 ASYNC += ["--aggregation", "async"]
+
+# AP-FL with a tiny generator, of two of three clients per round, and with a dropout client
 FEW = ("--semantics segments --generator-steps 3 --generator-batch 2 --synthetic-per-class 4 "
        "--friend-epochs 1 --noise-dim 4").split()
 TWO_OF_THREE = [*CNN, *"--train-images 72 --clients 3 --participation 0.67 --seed 4".split()]
 APFL = [*TWO_OF_THREE, "--method", "apfl", *FEW]
-SMALL = (8, 4), 5  # generator.WIDTHS and apfl.BETA_TEST_IMAGES, for less of the same
 DROPOUT = [*FEW_DIGITS, *("--missing-classes 0.2 --train-images 300 --clients 6 --local-epochs 1 "
                           "--model cnn --rounds 2").split()]
+SMALL = (8, 4), 5  # values of generator.WIDTHS and apfl.BETA_TEST_IMAGES, see make_small
 
+
+def make_small(monkeypatch) -> None:
+    """Give AP-FL a narrow generator, and few images for its curve over beta."""
+    monkeypatch.setattr(generator, "WIDTHS", SMALL[0])
+    monkeypatch.setattr(apfl, "BETA_TEST_IMAGES", SMALL[1])
+
+
+# ---------------------------------------------------------------------------- runs in this process
 
 def go(out: Path, *flags: str) -> list[dict]:
-    """A run through main, in this process; returns the lines of metrics.jsonl without timings."""
+    """Run main in this process; return the lines of metrics.jsonl without timings."""
     assert run.main([*flags, "--out", str(out)]) == 0
     return lines(out)
 
 
+def refused(capsys, *flags: str, status: int = 2) -> str:
+    """Error message, one line, of a command that has to fail with this status."""
+    assert run.main(list(flags)) == status
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.endswith("\n") and error.startswith("error: ")
+    return error
+
+
+def experiment_of(settings: dict) -> federation.Experiment:
+    """Set up the experiment of resolved settings, or of a config.json, without a folder."""
+    loaded = data.load(settings["dataset"], settings.get("data_dir", "data"))
+    if settings.get("classes_per_client", 0) is None:
+        settings = settings | {"classes_per_client": partitions.classes_each(
+            len(loaded.classes), settings["missing_classes"])}
+    split = partitions.split_by_settings(loaded, settings)
+    return federation.prepare_experiment(run.METHODS[settings["method"]], settings, split)
+
+
+def participants(settings: dict, t: int, gone: tuple = ()) -> list[int]:
+    """Clients of round t, by the definition of their random stream."""
+    rng = data.numpy_stream(settings["seed"], data.PARTICIPANTS, t)
+    available = [k for k in range(settings["clients"]) if k not in gone]
+    count = max(1, round(settings["participation"] * settings["clients"]))
+    return sorted(rng.choice(available, min(count, len(available)), replace=False).tolist())
+
+
+# ------------------------------------------------------------------------------- files of a run
+
 def lines(out: Path) -> list[dict]:
+    """Lines of metrics.jsonl, without timings."""
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for entry in entries:
         del entry["seconds"]
@@ -44,20 +88,18 @@ def lines(out: Path) -> list[dict]:
 
 
 def result(out: Path) -> dict:
+    """Content of result.json, without timings."""
     written = json.loads((out / "result.json").read_text())
-    return {name: value for name, value in written.items() if not name.endswith(("seconds",
-                                                                                 "per_second"))}
+    return {name: value for name, value in written.items()
+            if name not in ("seconds", "images_per_second")}
 
 
 def config(out: Path) -> dict:
+    """Content of config.json."""
     return json.loads((out / "config.json").read_text())
 
 
-def make_small(monkeypatch) -> None:
-    """The same code on a narrow generator and few images for the curve over beta."""
-    monkeypatch.setattr(generator, "WIDTHS", SMALL[0])
-    monkeypatch.setattr(apfl, "BETA_TEST_IMAGES", SMALL[1])
-
+# ------------------------------------------------------------------------ a run as another process
 
 KILLED_AFTER_LINE = """
 import os, signal, sys
@@ -75,9 +117,9 @@ run.main()
 
 
 def start(out: Path, *flags: str, killed_after_line: int | None = None) -> subprocess.Popen:
-    """A run as a process of its own, which hears Ctrl-C also where the tests run in background.
+    """Start a run as another process, which hears Ctrl-C even if tests run in the background.
 
-    killed_after_line: the round whose line of metrics.jsonl is the last that it does
+    killed_after_line: round whose line of metrics.jsonl is the last thing that it writes
     """
     program = [str(ROOT / "run.py")]
     if killed_after_line is not None:
@@ -85,19 +127,3 @@ def start(out: Path, *flags: str, killed_after_line: int | None = None) -> subpr
     return subprocess.Popen([sys.executable, *program, *flags, "--out", str(out)],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
-
-
-def refused(capsys, *flags: str, status: int = 2) -> str:
-    """The one line on standard error of a command that must fail."""
-    assert run.main(list(flags)) == status
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.endswith("\n") and error.startswith("error: ")
-    return error
-
-
-def participants(settings: dict, t: int, gone: tuple = ()) -> list[int]:
-    """Who is drawn in round t, from the definition of the stream."""
-    rng = data.numpy_stream(settings["seed"], data.PARTICIPANTS, t)
-    there = [k for k in range(settings["clients"]) if k not in gone]
-    count = max(1, round(settings["participation"] * settings["clients"]))
-    return sorted(rng.choice(there, min(count, len(there)), replace=False).tolist())

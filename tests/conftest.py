@@ -1,4 +1,4 @@
-"""What holds in all tests."""
+"""Fixture of all tests."""
 
 import pytest
 
@@ -7,5 +7,5 @@ import pictures
 
 @pytest.fixture(autouse=True)
 def coarse_pictures(monkeypatch):
-    """Every picture is drawn, of few pixels."""
+    """Draw every picture, of few pixels."""
     monkeypatch.setattr(pictures, "DPI", 20)

@@ -1,0 +1,315 @@
+"""Federated training, whatever the method: the values of a round, methods, runs, local training.
+
+In reading order: the values that pass between server and clients; a method as a row of functions;
+a run (Experiment); local training (run_steps is the one loop over batches); clients in parallel.
+
+Three values are kept apart.  received and Result.update cross the network, and the bytes of their
+tensors are the traffic.  kept stays on a client's device between rounds.  server stays with the
+server.  kept and server are saved, so they are nests of dicts, lists, tensors and numbers.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import pictures
+import ranks
+from data import (AUGMENTATION, INITIAL_WEIGHTS, PARTICIPANTS, SPEEDS, ClientData, Dataset,
+                  numpy_stream, preparation, streams, torch_stream)
+from files import error_context
+from models import (Make, State, all_finite, architecture_of, initial_weights, load_network,
+                    num_bytes, scratch_network, tensors_in)
+from partitions import Split, server_images
+
+SPEED_SPREAD = 4.0  # speed ratio of the fastest to the slowest client; not given in the papers
+
+
+# ------------------------------------------------------------------------------ values of a round
+
+class Client(NamedTuple):
+    """A client: its id, its training images and its architecture."""
+
+    id: int
+    indices: Tensor  # (n_k,) int64, into the training images
+    arch: str
+
+
+class Update(NamedTuple):
+    """Upload of a client to the server."""
+
+    weights: State
+    num_samples: int  # n_k, its number of training images
+
+
+class LabelledUpdate(NamedTuple):
+    """Upload of a client whose server has to know its classes (FedGen, AP-FL)."""
+
+    weights: State
+    num_samples: int  # n_k
+    class_counts: Tensor  # (C,) int64, n_k^y, its training images per class
+
+
+class Result(NamedTuple):
+    """Outcome of a client update."""
+
+    update: Any  # sent to the server
+    loss: float  # training cross entropy, summed over samples
+    samples: int  # training images processed
+    kept: Any = None  # a stateful method's memory of this client
+
+
+class Task(NamedTuple):
+    """A client update to be done."""
+
+    client: Client
+    number: int  # the round, or another number that seeds its random streams
+    received: Any
+    memory: tuple = ()  # (kept,) of a stateful method, else nothing
+
+
+class Ending(NamedTuple):
+    """Outcome of the stages after the last round."""
+
+    models: dict[str, dict[int, State]]  # kind -> client -> weights; clients use the last kind
+    download: int  # bytes that the stages send to clients
+    pictures: dict[str, Callable]  # file name -> draw(file)
+
+
+# ---------------------------------------------------------------------------------------- a method
+
+class Method(NamedTuple):
+    """A method: functions in the order of a round, and the settings that go with them.
+
+    bind fills keyword-only arguments of the functions from the flags of the same names.
+    """
+
+    init: Callable  # (weights, *, ...) -> server, before round 1
+    download: Callable  # (server, client, stream, *, ...) -> received
+    client_update: Callable  # (model, optimizer, received, data, stream[, kept], *, ...) -> Result
+    server_update: Callable | None  # (server, updates, *, ...) -> server; None: there is no server
+    deploy: Callable  # (server, client, kept) -> (key, weights) in use; equal keys, equal weights
+    networks: Mapping[str, Mapping[str, Callable]]  # value of --model -> architecture -> constructor
+    averages: Sequence[str]  # values of --aggregation
+    defaults: Mapping[str, Any]  # flags of the method that not every method reads -> default
+    in_setting: Mapping[str, Mapping[str, Any]] = {}  # --setting -> other defaults
+
+    # Hooks of some methods alone
+    initial_memory: Callable | None = None  # (server, client) -> kept, before its first round
+    assign: Callable | None = None  # (client, architectures, stream) -> client, for one round
+    distil: Callable | None = None  # (server, updates, network, stream, *, ...) -> server, trained
+    finish: Callable | None = None  # (experiment, server, done, save, *, ...) -> Ending
+
+
+def bind(method: Method, settings: Mapping[str, Any], **others: Any) -> Method:
+    """Fill the keyword-only arguments of a method's functions from settings and others."""
+    values = {**settings, **others}
+    return method._replace(**{name: fill_in_flags(function, values)
+                              for name, function in method._asdict().items() if callable(function)})
+
+
+def fill_in_flags(function: Callable, values: Mapping[str, Any]) -> Callable:
+    """Fill the keyword-only arguments of a function from values of the same names.
+
+    Raises TypeError if one that has no default stays unfilled.
+    """
+    arguments = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            continue
+        if name in values:
+            arguments[name] = values[name]
+        elif parameter.default is parameter.empty:
+            raise TypeError(f"{function.__name__} needs {name}, and no flag of the run has this name")
+    return partial(function, **arguments)
+
+
+# ------------------------------------------------------------------------------------------- a run
+
+class Experiment(NamedTuple):
+    """Everything that stays equal through all rounds of a run."""
+
+    settings: dict
+    method: Method  # bound to the settings
+    data: Dataset
+    clients: list[Client]
+    available: list[int]  # ids of the clients that take part in rounds
+    dropouts: list[int]  # ids of the clients that dropped out before round 1
+    seen: list[int]  # classes that participants hold
+    unseen: list[int]  # classes that dropout clients alone hold
+    test_shares: list[Tensor]  # client -> indices of its test images
+    statistics: tuple[Tensor, Tensor]  # mean and standard deviation of the training images
+    speeds: list[float]  # training images per unit of virtual time, per client
+    networks: dict[str, Make]  # architecture -> its builder, small to large
+    spare: dict[str, list]  # architecture -> scratch networks and optimisers not in use
+
+    def network(self, arch: str, weights: State) -> nn.Module:
+        """Build a network of these weights, to predict with."""
+        return load_network(self.networks[arch], weights)
+
+
+def prepare_experiment(method: Method, settings: dict, split: Split) -> Experiment:
+    """Set up a run: its clients, its networks, and the method bound to the settings."""
+    # Clients, in even groups by architecture
+    constructors, num_clients = method.networks[settings["model"]], settings["clients"]
+    clients = [Client(k, part, architecture_of(k, num_clients, list(constructors)))
+               for k, part in enumerate(split.parts)]
+    remaining = [client for client in clients if client.id not in split.dropouts]
+    available = [client.id for client in (remaining if method.server_update else clients)]
+    spread = settings.get("speed_spread", SPEED_SPREAD)
+    speeds = spread ** numpy_stream(settings["seed"], SPEEDS).uniform(size=num_clients)
+
+    # The method, and builders of its networks
+    bound = bind(method, settings, owners={client.id: client for client in remaining},
+                 class_names=split.data.classes, balance=settings.get("lambda"),
+                 **server_images(split))
+    shape = split.data.x_train.shape[1], len(split.data.classes)
+    networks = {arch: partial(constructor, *shape) for arch, constructor in constructors.items()}
+    return Experiment(
+        settings, bound, split.data, clients, available, dropouts=split.dropouts, seen=split.seen,
+        unseen=split.unseen, test_shares=split.test_shares, statistics=split.statistics,
+        speeds=speeds.tolist(), networks=networks, spare={arch: [] for arch in networks})
+
+
+def first_server(experiment: Experiment) -> dict:
+    """Server state before round 1, on the CPU."""
+    rng = torch_stream(experiment.settings["seed"], INITIAL_WEIGHTS)
+    return experiment.method.init(initial_weights(experiment.networks, rng))
+
+
+def num_participants(settings: Mapping[str, Any]) -> int:
+    """Clients drawn per round; in asynchronous runs arrivals per round, as many as clients."""
+    return max(1, round(settings.get("participation", 1.0) * settings["clients"]))
+
+
+def draw_participants(experiment: Experiment, t: int) -> list[int]:
+    """Draw the clients of round t, ascending; equal for every method."""
+    rng = numpy_stream(experiment.settings["seed"], PARTICIPANTS, t)
+    count = min(num_participants(experiment.settings), len(experiment.available))
+    return sorted(rng.choice(experiment.available, count, replace=False).tolist())
+
+
+def traffic(results: Iterable[tuple[object, Result]]) -> dict[str, float]:
+    """Sum up client updates for the log: mean loss, megabytes up and down, images.
+
+    results: of each update, the received value and the result
+    """
+    loss = upload = download = samples = 0
+    for received, result in results:
+        loss, samples = loss + result.loss, samples + result.samples
+        upload, download = upload + num_bytes(result.update), download + num_bytes(received)
+    return {"loss": loss / max(1, samples), "upload_mb": upload / 1e6,
+            "download_mb": download / 1e6, "samples": samples}
+
+
+# ---------------------------------------------------------------------------------- local training
+
+def reset(model: nn.Module, optimizer: Optimizer, weights: State) -> None:
+    """Load weights into the scratch model, in training mode, and clear the optimiser's state.
+
+    Zeros are the state of a new optimiser, for Adam and for SGD.  Zeroing saves the allocation of
+    twice the model's size per client.
+    """
+    model.load_state_dict(weights)
+    model.train()
+    for tensor in tensors_in(list(optimizer.state.values())):
+        tensor.zero_()
+
+
+def run_steps(step: Callable, batches: Iterable[tuple], *tensors: object) -> tuple[float, int]:
+    """Run a method's step on every batch; return the sum of losses over samples, and their number.
+
+    step: (x, y, *others, *tensors) -> detached mean loss of the batch; one whole optimiser step
+    batches: (x, y, *others), others being tensors that change from batch to batch
+    tensors: other tensors, or dicts of them, which stay equal through all batches
+    """
+    loss_sum, samples = 0.0, 0
+    for x, y, *others in batches:
+        loss = step(x, y, *others, *tensors)
+        loss_sum, samples = loss_sum + loss * len(y), samples + len(y)
+    return float(loss_sum), samples
+
+
+# -------------------------------------------------------------------------------- clients in parallel
+
+def train_clients(experiment: Experiment, update: Callable, tasks: Sequence[Task],
+                  title: str = "") -> dict[int, Result]:
+    """Run update for each task, in parallel: client id -> result.
+
+    update: (model, optimizer, received, data, stream[, kept]) -> Result
+    title: name of a progress bar; "": no bar
+    Tasks are dealt out to the processes of the run, and there to worker threads.
+    """
+    settings, ids = experiment.settings, [task.client.id for task in tasks]
+
+    # The largest go first, so that no worker ends up alone with one.  (Local receives nothing.)
+    cost = {task.client.id: len(task.client.indices) * num_bytes(task.received or task.memory)
+            for task in tasks}
+    owner = ranks.deal_out(cost)
+    todo = sorted((task for task in tasks if owner[task.client.id] == ranks.number()),
+                  key=lambda task: cost[task.client.id], reverse=True)
+
+    pool = ThreadPoolExecutor(settings["workers"], initializer=torch.set_num_threads,
+                              initargs=(settings["threads"],))
+    results = {}
+    try:
+        futures = {task.client.id: pool.submit(train_client, experiment, update, task)
+                   for task in todo}
+        for k in (pictures.progress_bar(ids, title, "client") if title and ids else ids):
+            with error_context(title), error_context(f"client {k}"):
+                results[k] = ranks.on_rank(owner[k], futures[k].result if k in futures else None,
+                                           settings["device"])
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for clients
+    return results
+
+
+def train_client(experiment: Experiment, update: Callable, task: Task) -> Result:
+    """Run update for one task, in a worker thread.
+
+    Raises FloatingPointError if the loss or a weight is no longer finite.
+    """
+    settings, client, images = experiment.settings, task.client, experiment.data.x_train
+
+    # The client's images and random streams
+    stream = streams(settings["seed"], task.number, client.id)
+    prepare = preparation(experiment.statistics, settings["dataset"],
+                          stream(AUGMENTATION) if settings["augment"] else None)
+    client_data = ClientData(images, experiment.data.y_train, client.indices, prepare)
+
+    # A scratch network: a spare one, or a new one if all others are training
+    try:
+        model, optimizer = experiment.spare[client.arch].pop()
+    except IndexError:
+        model, optimizer = scratch_network(
+            experiment.networks[client.arch], images.shape[1:], images.device,
+            optimizer=settings["optimizer"], lr=settings["lr"],
+            momentum=settings.get("momentum", 0.0), weight_decay=settings.get("weight_decay", 0.0))
+
+    # autocast's cache would keep the weights of the first step for all others.
+    with torch.autocast(images.device.type, torch.bfloat16, settings["amp"], cache_enabled=False):
+        result = update(model, optimizer, task.received, client_data, stream, *task.memory)
+    optimizer.zero_grad()  # frees the gradients while the network waits for its next client
+    experiment.spare[client.arch].append((model, optimizer))
+
+    if not (math.isfinite(result.loss) and all_finite((result.update, result.kept))):
+        raise FloatingPointError(f"client {client.id}: the loss or a weight is no longer finite; "
+                                 "a smaller --lr may help")
+    return result
+
+
+def train_server(experiment: Experiment, work: Callable[[], Any]) -> Any:
+    """Do the server's own training, on the first process of the run, with all cores.
+
+    Raises FloatingPointError if a tensor of its outcome is no longer finite.
+    """
+    outcome = ranks.on_rank(0, work, experiment.settings["device"])
+    if not all_finite(outcome):
+        raise FloatingPointError("the server's training: a weight is no longer finite")
+    return outcome

@@ -1,0 +1,235 @@
+"""FedGen: clients learn from latents that the server's generator makes.
+
+Zhu et al., Data-Free Knowledge Distillation for Heterogeneous Federated Learning, ICML 2021,
+arxiv.org/abs/2105.10056, as its released code has it.
+
+In reading order: the generator, which makes inputs of a classifier's last layer (latents) out of
+noise and labels; its training on the server; one round.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from baselines import (APFL_SETTING, FEDAVG, QUICK_APFL, SYNCHRONOUS, distillation_loss,
+                       fedavg_init, fedavg_step, with_class_counts)
+from data import (BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, LATENT, ClientData, Stream, batches,
+                  drawn)
+from federation import Client, LabelledUpdate, Result, Update, reset, run_steps
+from generator import class_weights, classification_loss
+from models import State, copy_state, drawing_from
+
+NOISE_DIM, HIDDEN = 64, 512  # sizes of the generator; the paper has none for this CNN
+LATENT_LR, LATENT_WEIGHT_DECAY = 3e-4, 1e-2  # Adam's, in the released code for MNIST
+WEIGHT = 10.0  # weight of both client terms before any decay
+MINIMUM_WEIGHT = 1e-4  # lower bound of these weights
+DECAY = 0.98  # factor per round of these weights, and of the generator's learning rate
+STEPS = 50  # steps of the generator per round
+LATENT_BATCH = 32  # latents per step, on the server as on a client
+
+
+# ---------------------------------------------------------------------------------- the generator
+
+class LatentGenerator(nn.Module):
+    """Noise (N, d_z) in [0, 1) and labels (N,) to inputs of a classifier's last layer (N, width)."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.network = nn.Sequential(nn.Linear(NOISE_DIM + num_classes, HIDDEN),
+                                     nn.BatchNorm1d(HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, width))
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return self.network(torch.cat([z, F.one_hot(y, self.num_classes)], dim=1))
+
+
+def initial_latent_generator(num_classes: int, width: int,
+                             rng: torch.Generator) -> LatentGenerator:
+    """Build a generator whose weights are drawn from rng; the global generator stays as it was."""
+    with drawing_from(rng):
+        return LatentGenerator(num_classes, width)
+
+
+def load_latent_generator(state: State) -> LatentGenerator:
+    """Build the generator of a state dict, in evaluation mode; nothing is drawn."""
+    inner, outer = state["network.0.weight"], state["network.3.weight"]
+    with torch.device("meta"):
+        generator = LatentGenerator(inner.shape[1] - NOISE_DIM, outer.shape[0])
+    generator = generator.to_empty(device=inner.device)
+    generator.load_state_dict(state)
+    return generator.eval()
+
+
+def latent_noise(count: int, rng: torch.Generator, device: torch.device) -> Tensor:
+    """Draw uniform noise (count, d_z)."""
+    return drawn(torch.rand, count, NOISE_DIM, rng=rng, device=device)
+
+
+def latent_diversity_loss(z: Tensor, latents: Tensor) -> Tensor:
+    """exp(-mean over pairs of |z_i - z_j|^2 |latent_i - latent_j|), both means over coordinates.
+
+    Squared distances of the noise (N, d_z), absolute ones of the latents (N, width).  Far noise has
+    to make far latents.
+    """
+    noise_distance = (z[:, None] - z[None]).square().mean(dim=2)
+    latent_distance = (latents[:, None] - latents[None]).abs().mean(dim=2)
+    return (-noise_distance * latent_distance).mean().exp()
+
+
+def latent_generator_step(generator: LatentGenerator, optimizer: Optimizer, z: Tensor, y: Tensor,
+                          heads: Sequence[Callable], weights: Tensor) -> Tensor:
+    """One step of L = sum_k w_k^y CE_k + L_diversity, in place; return the detached loss.
+
+    z, y: (N, d_z) noise and (N,) labels;  heads: the clients' last layers
+    weights: (heads, classes), w_k^y, from class_weights
+    """
+    every_row = [torch.arange(len(y), device=y.device)] * len(heads)
+    latents = generator(z, y)
+    loss = (classification_loss(latents, y, heads, weights, every_row)
+            + latent_diversity_loss(z, latents))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def train_latent_generator(generator: LatentGenerator, optimizer_state: dict | None,
+                           heads: Sequence[Callable], weights: Tensor, rng: torch.Generator, *,
+                           lr: float, steps: int = STEPS) -> dict:
+    """Train the generator in place, so that the clients' last layers recognise its latents.
+
+    Labels are drawn among the classes that a client holds.  (The paper's third term, against the
+    global model, has the weight 0 in the released code, and is left out.)
+    optimizer_state: returned after the round before, or None
+    """
+    optimizer = torch.optim.Adam(generator.parameters(), lr=lr, weight_decay=LATENT_WEIGHT_DECAY)
+    if optimizer_state is not None:
+        # A copy, since the optimiser would change the given tensors.
+        optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+    optimizer.param_groups[0]["lr"] = lr
+
+    generator.train()
+    held = weights.sum(dim=0).nonzero().flatten()
+    for _ in range(steps):
+        labels = drawn(partial(torch.randint, len(held)), (LATENT_BATCH,), rng=rng,
+                       device=held.device)
+        z = latent_noise(LATENT_BATCH, rng, held.device)
+        latent_generator_step(generator, optimizer, z, held[labels], heads, weights)
+    generator.eval()
+    return optimizer.state_dict()
+
+
+# ---------------------------------------------------------------------------------------- one round
+
+class FedGenDownload(NamedTuple):
+    """Download of a client."""
+
+    weights: State
+    generator: State | None  # None in the first round
+    classes: Tensor | None  # classes that the generator knows, int64
+    round: int  # finished rounds
+
+
+def fedgen_init(weights: dict[str, State]) -> dict:
+    """Global weights; the generator, its optimiser and its classes come with round 1."""
+    return {**fedavg_init(weights), "generator": None, "optimizer": None, "classes": None,
+            "round": 0}
+
+
+def fedgen_download(server: dict, client: Client, stream: Stream) -> FedGenDownload:
+    """Send the global weights and the latent generator."""
+    return FedGenDownload(server["weights"][client.arch], server["generator"], server["classes"],
+                          server["round"])
+
+
+def fedgen_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, latents: Tensor,
+                random_y: Tensor, weight: float, *, batch_size: int) -> Tensor:
+    """One step on cross entropy and two terms by generated latents; return the cross entropy.
+
+    latents: (L + B, width), of L random labels, random_y (L,), and of the batch's labels y (B,)
+    First term: the last layer's cross entropy on the latents of random labels.  It counts
+    L / batch_size times as much, as in the released code.  Second term: KL(q || p), with p the
+    prediction for an image, and q, detached, that for a latent of the image's class.
+    weight: of both terms in this round
+    """
+    logits = model(x)
+    loss = F.cross_entropy(logits, y)
+    synthetic, like_y = model.classifier.fc(latents).split([len(random_y), len(y)])
+    matching = distillation_loss(logits, like_y.detach())
+    objective = (loss + len(random_y) / batch_size * weight * F.cross_entropy(synthetic, random_y)
+                 + weight * matching)
+    optimizer.zero_grad()
+    objective.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def fedgen_client_update(model: nn.Module, optimizer: Optimizer, received: FedGenDownload,
+                         data: ClientData, stream: Stream, *, local_epochs: int,
+                         batch_size: int) -> Result:
+    """FedAvg's update with two terms by generated latents (Algorithm 1).
+
+    In round 1 there is no generator and this is FedAvg.
+    """
+    reset(model, optimizer, received.weights)
+    images = batches(data, batch_size, local_epochs, stream(BATCHES))
+    if received.generator is None:
+        loss, samples = run_steps(partial(fedavg_step, model, optimizer), images)
+    else:
+        weight = max(MINIMUM_WEIGHT, WEIGHT * DECAY**received.round)
+        loss, samples = run_steps(
+            partial(fedgen_step, model, optimizer, batch_size=batch_size),
+            with_latents(images, received.generator, received.classes, stream(LATENT)), weight)
+    result = Result(Update(copy_state(model), len(data.indices)), loss, samples)
+    return with_class_counts(result, data)
+
+
+def with_latents(images: Iterator, generator: State, classes: Tensor,
+                 rng: torch.Generator) -> Iterator[tuple]:
+    """Batches (x, y, latents, random_y): generated latents to go with (x, y); see fedgen_step."""
+    network = load_latent_generator(generator)
+    for x, y in images:
+        labels = drawn(partial(torch.randint, len(classes)), (LATENT_BATCH,), rng=rng,
+                       device=y.device)
+        random_y = classes[labels]
+        wanted = torch.cat([random_y, y])
+        with torch.no_grad():
+            latents = network(latent_noise(len(wanted), rng, y.device), wanted)
+        yield x, y, latents, random_y
+
+
+def fedgen_distil(server: dict, updates: Mapping[int, LabelledUpdate], network: Callable,
+                  stream: Stream) -> dict:
+    """Train the generator so that the clients' last layers recognise its latents (Algorithm 1).
+
+    Every client counts for a class by its share n_k^y / sum n^y of the images in this round.
+    """
+    uploads = [updates[k] for k in sorted(updates)]
+    heads = [partial(F.linear, weight=upload.weights["classifier.fc.weight"],
+                     bias=upload.weights["classifier.fc.bias"]) for upload in uploads]
+    counts = torch.stack([upload.class_counts for upload in uploads])
+    if server["generator"] is None:
+        num_classes, width = uploads[0].weights["classifier.fc.weight"].shape
+        generator = initial_latent_generator(num_classes, width, stream(GENERATOR_WEIGHTS)).to(
+            counts.device)
+    else:
+        generator = load_latent_generator(server["generator"])
+    optimizer = train_latent_generator(
+        generator, server["optimizer"], heads, class_weights(counts), stream(GENERATOR_NOISE),
+        lr=LATENT_LR * DECAY**server["round"])
+    return {**server, "generator": copy_state(generator), "optimizer": optimizer,
+            "classes": counts.sum(dim=0).nonzero().flatten(), "round": server["round"] + 1}
+
+
+# --------------------------------------------------------------------------------------- the method
+
+METHODS = {"fedgen": FEDAVG._replace(
+    init=fedgen_init, download=fedgen_download, client_update=fedgen_client_update,
+    distil=fedgen_distil, averages=SYNCHRONOUS, defaults=FEDAVG.defaults | APFL_SETTING,
+    in_setting={"quick": QUICK_APFL})}
