@@ -5,9 +5,9 @@ section numbers below are this paper's.  APFL of Deng et al. (Adaptive Personali
 Learning, arxiv.org/abs/2003.13461) is another method.
 
 In reading order, as it happens: federated training of the global model, in rounds or with updates
-mixed in as they arrive.  After the last round: late training (of clients that dropped out),
-memorisation (the server trains the generator of generator.py under the global model), friend
-models (each client trains one on synthetic samples), and decoupled interpolation of the two.
+mixed in as they arrive; after the last round late training (of clients that dropped out),
+memorisation (the server trains the generator of generator.py), friend models (each client trains
+one on synthetic samples), and decoupled interpolation of friend and own model.
 
 symbol       name                  meaning
 theta*       server["weights"]     the global model
@@ -60,8 +60,8 @@ def apfl_init(weights: dict[str, State], *, class_names: Sequence[str], semantic
               dataset: str, data_dir: str = "", word_vectors: str | None = None) -> dict:
     """Server state: global weights, each client's last upload theta_k, and A(y) of Eq. 11.
 
-    Uploads are called teachers, their role in Eq. 6.  A(y) is loaded before round 1, so that
-    whatever it lacks is known before the rounds and not after them; see semantics.load_semantics.
+    Uploads are called teachers, their role in Eq. 6.  A(y) is loaded here, so that missing
+    embeddings are an error before the rounds and not after them; see semantics.load_semantics.
     """
     embeddings = load_semantics(class_names, semantics=semantics, dataset=dataset,
                                 data_dir=data_dir, word_vectors=word_vectors)
@@ -150,9 +150,8 @@ def asynchronous_round(experiment: Experiment, server: dict, *, local_epochs: in
                        mixing: float, staleness: str) -> tuple[dict, dict]:
     """Mix in as many arrivals as clients take part, each as it arrives (Sec. 3.2).
 
-    Every client works on the model that it received when its last update arrived.
-    server["flights"]: client -> its work under way, a Flight as a dict
-    Returns the new server state, and the round's figures for the log.
+    Every client works on the model that it received when its last update arrived.  Returns the new
+    server state, with all work under way in "flights", and the round's figures for the log.
     """
     method, clients = experiment.method, experiment.clients
     server = {"version": 0, "time": 0.0, **server}
@@ -201,8 +200,7 @@ def apfl_late(experiment: Experiment, server: dict, *, local_epochs: int,
               batch_size: int) -> dict[int, State]:
     """Train the clients without an upload: dropouts localise the global model (Eq. 12), theta_k^l.
 
-    A client whose first work is under way when an asynchronous run ends has taken part.  It ends
-    that work, and the outcome is its theta_k.
+    A client whose first work is under way when an asynchronous run ends completes it: its theta_k.
     """
     flights = server.get("flights", {})
     tasks = [Task(client, 1, flights[client.id]["received"]) if client.id in flights else
@@ -216,8 +214,8 @@ def apfl_late(experiment: Experiment, server: dict, *, local_epochs: int,
 def teachers_of(server: dict, teacher: str) -> tuple[list[State], Tensor]:
     """Weights of the generator's teachers, and their class weights alpha (teachers, classes).
 
-    teacher: "global", the global model (Abstract, Sec. 3.2), for every class that a client holds
-        who took part; or "clients", the last uploads of those clients (S_n, Eq. 6 and 7)
+    teacher: "global", the global model for all classes of participants (Abstract, Sec. 3.2), or
+        "clients", the participants' last uploads (S_n, Eq. 6 and 7)
     """
     uploads = [server["teachers"][k] for k in sorted(server["teachers"])]
     counts = torch.stack([upload["class_counts"] for upload in uploads])
@@ -232,6 +230,7 @@ def apfl_generator(experiment: Experiment, server: dict, *, noise_dim: int, gene
 
     teacher: see teachers_of;  balance: lambda of Eq. 9;  distance: see generator.diversity_loss
     """
+    # The generator and its teachers
     stream = streams(experiment.settings["seed"], 0, 0)
     semantics = server["semantics"]
     net = initial_generator(semantics.cpu(), experiment.data.x_train.shape[1], noise_dim,
@@ -239,6 +238,7 @@ def apfl_generator(experiment: Experiment, server: dict, *, noise_dim: int, gene
     states, alpha = teachers_of(server, teacher)
     teachers = [experiment.network(experiment.clients[0].arch, state) for state in states]
 
+    # Training with a progress bar
     bar = pictures.progress_bar(None, "generator", "step", generator_steps)
 
     def report(losses: Tensor) -> None:
@@ -283,9 +283,8 @@ def apfl_friend_update(model: nn.Module, optimizer: Optimizer,
                        friend_labels: str = FRIEND_LABELS) -> Result:
     """Train the global model on synthetic samples alone: the friend model, which stays here.
 
-    received: global weights and the generator
+    received: global weights and the generator.  Only the labels of the client's data are read
     synthetic_per_class: mean number over all classes; friend_labels gives each class's share
-    Of the client's own data only the labels are read.
     """
     # Synthetic samples
     weights, generator = received
@@ -312,8 +311,7 @@ def personalise(own: State, friend: State, *, beta: float, beta_on: str = "clien
     """theta_k^p = beta theta_k + (1 - beta) theta_k^f, Eq. 10 and 12.
 
     own: theta_k, or for a client that never took part theta_k^l
-    beta_on: model weighted by beta, the "client" model (Eq. 10), or the "friend" model (the
-        sentence after Eq. 10)
+    beta_on: model weighted by beta, "client" (Eq. 10) or "friend" (the sentence after Eq. 10)
     """
     start, end = (friend, own) if beta_on == "client" else (own, friend)
     return interpolate(start, end, beta)
@@ -321,10 +319,7 @@ def personalise(own: State, friend: State, *, beta: float, beta_on: str = "clien
 
 def final_models(server: dict, done: Mapping, *, beta: float,
                  beta_on: str) -> dict[str, dict[int, State]]:
-    """Kind -> client -> weights after all stages: "client", "friend" and "personalised" models.
-
-    A client's own model is its last upload, or what it trained late.
-    """
+    """Kind -> client -> weights after all stages.  "client": last upload, or late training."""
     own = {k: upload["weights"] for k, upload in server["teachers"].items()} | done["late"]
     own, friends = dict(sorted(own.items())), done["friends"]
     return {"client": own, "friend": friends, "personalised": {
@@ -333,13 +328,11 @@ def final_models(server: dict, done: Mapping, *, beta: float,
 
 def beta_curves(experiment: Experiment, own: Mapping[int, State],
                 friends: Mapping[int, State]) -> dict[tuple[str, str], list[float]]:
-    """(group, name) -> accuracy of interpolated models, one per value of BETAS.
-
-    It uses BETA_TEST_IMAGES evenly spaced test images; see evaluation.group_accuracies.
-    """
+    """(group, name) -> accuracy of interpolated models on some test images, per value of BETAS."""
+    # The run on fewer test images, evenly spaced
     data, curves = experiment.data, {}
-    rows = torch.linspace(0, len(data.y_test) - 1, min(BETA_TEST_IMAGES, len(data.y_test))).long()
-    rows = rows.to(data.y_test.device)
+    rows = torch.linspace(0, len(data.y_test) - 1, min(BETA_TEST_IMAGES, len(data.y_test)))
+    rows = rows.long().to(data.y_test.device)
     smaller = experiment._replace(
         data=data._replace(x_test=data.x_test[rows], y_test=data.y_test[rows]),
         test_shares=[torch.isin(rows, share).nonzero().flatten()
@@ -363,10 +356,8 @@ def apfl_finish(experiment: Experiment, server: dict, done: dict, save: Callable
                 beta_on: str) -> Ending:
     """Late training, memorisation, friend models, interpolation (Sec. 3.2).
 
-    done: stage -> outcome, of the stages that are finished;  save(done): keeps and returns them
+    done: stage -> outcome, of finished stages;  save(done): keeps and returns them
     """
-    clients, weights = experiment.clients, server["weights"]
-
     # Localised models of clients that never took part
     if "late" not in done:
         late = apfl_late(experiment, server, local_epochs=local_epochs, batch_size=batch_size)
@@ -384,15 +375,15 @@ def apfl_finish(experiment: Experiment, server: dict, done: dict, save: Callable
     if "friends" not in done:
         update = partial(apfl_friend_update, friend_epochs=friend_epochs, batch_size=batch_size,
                          synthetic_per_class=synthetic_per_class, friend_labels=friend_labels)
-        tasks = [Task(client, 0, (weights[client.arch], net)) for client in clients]
+        tasks = [Task(client, 0, (server["weights"][client.arch], net))
+                 for client in experiment.clients]
         results = train_clients(experiment, update, tasks, "friend models")
         done = save(done | {"friends": {k: result.kept for k, result in results.items()}})
 
-    # Decoupled interpolation.  Late clients and friends download the global weights, friends the
-    # generator too.
+    # Decoupled interpolation.  Every client has downloaded the global weights and the generator.
     kinds = final_models(server, done, beta=beta, beta_on=beta_on)
-    download = sum(num_bytes(weights[clients[k].arch]) for k in done["late"] | done["friends"])
-    download += len(clients) * num_bytes(done["generator"])
+    num_clients, (weights,) = len(experiment.clients), server["weights"].values()
+    download = num_clients * (num_bytes(weights) + num_bytes(done["generator"]))
     curves = beta_curves(experiment, kinds["client"], kinds["friend"])
     return Ending(kinds, download, apfl_pictures(experiment, server, net, curves,
                                                  beta if beta_on == "client" else 1 - beta))
@@ -416,6 +407,7 @@ def apfl_pictures(experiment: Experiment, server: dict, net: SemanticGenerator, 
 
 # ------------------------------------------------------------------------------- method and flags
 
+# A client sends weights and class counts, and keeps its models in the end.
 METHODS = {"apfl": FEDAVG._replace(
     init=apfl_init, client_update=apfl_client_update, server_update=apfl_server_update,
     finish=apfl_finish, networks={name: net for name, net in MODELS.items() if len(net) == 1},
@@ -431,29 +423,28 @@ METHODS = {"apfl": FEDAVG._replace(
 
 def add_arguments(add: Callable, number: Callable) -> None:
     """Add AP-FL's own flags; see run.parser for add and number."""
-    add("--mixing", type=number(float, 0, 1), help="async: mixing weight of a fresh update (default: "
-        f"{MIXING}, not given in the paper)")
+    add("--mixing", type=number(float, 0, 1), help="async: mixing weight of a fresh update "
+        f"(default: {MIXING}, not given in the paper)")
     add("--staleness", choices=["constant", "polynomial", "hinge"], help="async: decrease of the "
         "mixing weight with staleness (default: polynomial, not given in the paper)")
     add("--speed-spread", type=number(float, 1), help="async: speed ratio of the fastest to the "
         f"slowest client (default: {SPEED_SPREAD:g}, not given in the paper)")
-    add("--beta", type=number(float, 0, 1), help="weight of the client's model in the "
-        f"interpolation, Eq. 10 and 12 (default: {BETA_COLOUR} for colour images, else {BETA_GRAY})")
-    add("--beta-on", choices=["client", "friend"], help="model weighted by beta: the client's "
-        "(Eq. 10, default) or the friend's (the sentence after Eq. 10)")
+    add("--beta", type=number(float, 0, 1), help="weight of the client's model, Eq. 10 and 12 "
+        f"(default: {BETA_COLOUR} for colour images, else {BETA_GRAY})")
+    add("--beta-on", choices=["client", "friend"], help="model weighted by beta (Eq. 10: client, "
+        "default; the sentence after it: friend)")
     add("--lambda", type=number(float, 0, 1), help="weight of L_cls against L_diversity, Eq. 9 "
         f"(default: {BALANCE})")
-    add("--semantics", metavar=f"{{{','.join(SEMANTICS)}}}|FILE.npz", help="A(y), Eq. 11: an "
-        "encoder's, or classes and embeddings of a file (default: segments for digits and svhn, "
-        "else clip)")
+    add("--semantics", metavar=f"{{{','.join(SEMANTICS)}}}|FILE.npz", help="A(y), Eq. 11 (default: "
+        "segments for digits and svhn, else clip)")
     add("--word-vectors", metavar="FILE.txt", help="text file for --semantics word2vec: a word and "
         "its numbers per line")
-    add("--teacher", choices=["global", "clients"], help="supervisor of the generator: the global "
-        "model (default; Abstract, Sec. 3.2), or the clients' models (Eq. 6)")
+    add("--teacher", choices=["global", "clients"], help="models that supervise the generator "
+        "(Abstract, Sec. 3.2: global, default; Eq. 6: clients)")
     add("--distance", choices=["rms", "l2"], help="distance between samples in Eq. 8: a pixel's "
         "root mean square (default), or L2 as printed")
-    add("--friend-labels", choices=["all", "local"], help="labels of synthetic samples: every "
-        "class alike (default), or the client's own distribution (Sec. 3.2)")
+    add("--friend-labels", choices=["all", "local"], help="labels of synthetic samples: all "
+        "classes alike (default), or the client's own distribution (Sec. 3.2)")
     add("--noise-dim", type=number(int, 1), help=f"length of z, Fig. 5 (default: {NOISE_DIM})")
     add("--synthetic-per-class", type=number(int, 1), help="samples per class of a friend model, "
         f"on average (default: {SYNTHETIC_PER_CLASS}; quick: 50)")

@@ -1,10 +1,9 @@
 """FedAvg and the methods that are close to it, one section each.
 
-A method is a few functions, in the order of a round, and one row of METHODS at the end; its own
-flags stand in add_arguments.  A section holds only what differs from FedAvg.  A step is one whole
-optimiser step on one batch, and the heart of its method.  `model` and `optimizer` are scratch: any
-content is overwritten.  No other argument is changed.  stream(purpose) is the random stream of this
-round and client, or of this round and the server.
+A method is a few functions, in the order of a round, and one row of METHODS at the end.  A section
+holds only what differs from FedAvg.  A step is one whole optimiser step on one batch, and the heart
+of its method.  `model` and `optimizer` are scratch: any content is overwritten.  No other argument
+is changed.  stream(purpose) is the random stream of this round and client, or of the server.
 
 Methods with networks of their own are in widths.py (HeteroFL, FedRolex, ScaleFL) and fedgen.py.
 Numbers are of arxiv.org.
@@ -96,8 +95,7 @@ def fedavg_server_update(server: dict, updates: Mapping[int, Update], *,
                          aggregation: str = "layerwise", rule: Callable = average) -> dict:
     """Replace the global weights by the average of the uploads, weighted by n_k.
 
-    aggregation: a key of AGGREGATIONS
-    rule: makes new weights from (old, uploads, counts), as models.average does
+    aggregation: a key of AGGREGATIONS;  rule: see models.layerwise_average
     """
     weights = AGGREGATIONS[aggregation](
         server["weights"], {k: update.weights for k, update in updates.items()},
@@ -127,10 +125,7 @@ def senders(weights: Mapping[str, State], updates: Mapping[int, Any]) -> dict[in
 
 def fedprox_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, start: State, *,
                  mu: float) -> Tensor:
-    """One step on cross entropy + (mu/2) ||w - w_start||^2; return the detached cross entropy.
-
-    start: name -> the parameters that local training began with
-    """
+    """One step on cross entropy + (mu/2) ||w - w_start||^2; return the detached cross entropy."""
     loss = F.cross_entropy(model(x), y)
     optimizer.zero_grad()
     loss.backward()
@@ -141,13 +136,10 @@ def fedprox_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, s
 
 @torch.no_grad()
 def add_proximal_gradient(model: nn.Module, start: State, mu: float) -> None:
-    """Add mu (w - w_start), the gradient of (mu/2) ||w - w_start||^2, to every gradient.
-
-    The term is over parameters alone, without the buffers of batch normalisation.
-    It is written out because autograd would pass over all weights several times more.
-    """
+    """Add mu (w - w_start), the gradient of (mu/2) ||w - w_start||^2, to every gradient."""
     if mu == 0:
         return
+    # Written out, since autograd would pass over all weights several times more.
     for name, parameter in model.named_parameters():
         parameter.grad.add_(parameter - start[name], alpha=mu)
 
@@ -163,7 +155,7 @@ def fedprox_client_update(model: nn.Module, optimizer: Optimizer, received: Stat
     return Result(Update(copy_state(model), len(data.indices)), loss, samples)
 
 
-# ------------------------------------------------------------------------------ FedAvg-FT (of AP-FL)
+# ------------------------------------------------------------------- FedAvg-FT and Local (of AP-FL)
 
 def train_late(experiment: Experiment, tasks: Sequence[Task], *, local_epochs: int,
                batch_size: int) -> dict[int, State]:
@@ -177,7 +169,7 @@ def fedavg_ft_finish(experiment: Experiment, server: dict, done: dict, save: Cal
                      finetune_epochs: int, batch_size: int) -> Ending:
     """Every client fine-tunes the final global model, once (AP-FL, Sec. 4.1).
 
-    done: stage -> outcome, of the stages that are finished;  save(done): keeps and returns them
+    done: finished stage -> its outcome;  save(done): keeps and returns these
     """
     if "late" not in done:
         tasks = [Task(client, 0, server["weights"][client.arch]) for client in experiment.clients]
@@ -186,8 +178,6 @@ def fedavg_ft_finish(experiment: Experiment, server: dict, done: dict, save: Cal
     download = sum(num_bytes(server["weights"][client.arch]) for client in experiment.clients)
     return Ending({"client": done["late"]}, download, {})
 
-
-# -------------------------------------------------------------------------------------------- Local
 
 def local_initial_memory(server: dict, client: Client) -> State:
     """Before its first round a client holds the initial weights."""
@@ -205,8 +195,7 @@ def local_client_update(model: nn.Module, optimizer: Optimizer, received: State,
     """Train the client's own model further, keep it, and send nothing."""
     result = fedavg_client_update(model, optimizer, kept, data, stream,
                                   local_epochs=local_epochs, batch_size=batch_size)
-    nothing = Update({}, len(data.indices))
-    return result._replace(update=nothing, kept=result.update.weights)
+    return result._replace(update=Update({}, len(data.indices)), kept=result.update.weights)
 
 
 def local_deploy(server: dict, client: Client, kept: State | None) -> tuple[str | int, State]:
@@ -235,11 +224,12 @@ class ScaffoldUpdate(NamedTuple):
 
 def scaffold_init(weights: dict[str, State]) -> dict:
     """Global weights, and the server's control variate c of every parameter, zero at first."""
+    # Architectures share the variates of layers in common.
     zeros = {name: torch.zeros_like(tensor) for state in weights.values()
              for name, tensor in state.items() if is_parameter(name)}
-    return {**fedavg_init(weights), "variates": {
-        arch: {name: zeros[name] for name in state if name in zeros}
-        for arch, state in weights.items()}}
+    variates = {arch: {name: zeros[name] for name in state if name in zeros}
+                for arch, state in weights.items()}
+    return {**fedavg_init(weights), "variates": variates}
 
 
 def scaffold_initial_memory(server: dict, client: Client) -> State:
@@ -255,11 +245,9 @@ def scaffold_download(server: dict, client: Client, stream: Stream) -> ScaffoldD
 
 def scaffold_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor,
                   correction: State, *, lr: float) -> Tensor:
-    """One step of FedAvg, then y <- y - lr (c - c_k); return the detached loss.
+    """One step of FedAvg, then y <- y - lr correction, which is c - c_k; return the detached loss.
 
-    correction: name -> c - c_k, of the parameters
-    With SGD this is the paper's y <- y - lr (g + c - c_k).  With Adam, variates are in units of its
-    steps, which do not have the scale of the gradient.
+    With SGD this is the paper's y <- y - lr (g + c - c_k).  Adam's variates are mean steps over lr.
     """
     loss = fedavg_step(model, optimizer, x, y)
     with torch.no_grad():
@@ -271,19 +259,14 @@ def scaffold_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor,
 def scaffold_client_update(model: nn.Module, optimizer: Optimizer, received: ScaffoldDownload,
                            data: ClientData, stream: Stream, kept: State, *, local_epochs: int,
                            batch_size: int, lr: float) -> Result:
-    """Training with every step corrected by c - c_k (Algorithm 1, lines 7-14, option II).
-
-    kept: c_k
-    (x - y) / (tau lr) is the mean direction of tau steps.  With momentum it would not be, since
-    tau steps then go further than tau gradients.
-    """
+    """Train with steps corrected by c - c_k, kept = c_k (Algorithm 1, lines 7-14, option II)."""
     reset(model, optimizer, received.weights)
     correction = learnt_part(model, {name: c - kept[name] for name, c in received.variate.items()})
     loss, samples = run_steps(partial(scaffold_step, model, optimizer, lr=lr),
                               batches(data, batch_size, local_epochs, stream(BATCHES)), correction)
     weights, steps = copy_state(model), num_steps(len(data.indices), batch_size, local_epochs)
 
-    # c_k+ - c_k, with c_k+ = c_k - c + (x - y) / (tau lr)
+    # c_k+ = c_k - c + (x - y) / (tau lr), whose last term is the mean step only without momentum.
     change = {}
     for name, c in received.variate.items():
         moved = received.weights[name] - weights[name]
@@ -314,9 +297,7 @@ def scaffold_server_update(server: dict, updates: Mapping[int, ScaffoldUpdate], 
     """x <- mean y;  c <- c + (sum of changes) / N (Algorithm 1, lines 16-17, global step size 1).
 
     owners: every client that takes part, drawn or not, by id
-    Clients count by n_k in both lines, and N is the sum of n_k over the owners of a layer.  So c
-    stays the weighted mean of the c_k.  (Weights by n_k with variates counted alike would find the
-    optimum of clients that count alike.)
+    Clients count by n_k, with N its sum over a layer's owners: c stays the weighted mean of c_k.
     """
     server = fedavg_server_update(server, updates, aggregation=aggregation)
     counts = {k: update.num_samples for k, update in updates.items()}
@@ -359,10 +340,7 @@ def accumulated_norm(steps: int, momentum: float = 0.0) -> float:
 def fednova_client_update(model: nn.Module, optimizer: Optimizer, received: State,
                           data: ClientData, stream: Stream, *, local_epochs: int,
                           batch_size: int, momentum: float = 0.0) -> Result:
-    """FedAvg's update; the client also sends a_k, the length of its path.
-
-    momentum: of SGD, 0 with Adam
-    """
+    """FedAvg's update, sent with a_k; momentum: of SGD, 0 with Adam."""
     result = fedavg_client_update(model, optimizer, received, data, stream,
                                   local_epochs=local_epochs, batch_size=batch_size)
     steps = num_steps(len(data.indices), batch_size, local_epochs)
@@ -373,14 +351,17 @@ def normalised_average(old: State, uploads: Mapping[int, State], counts: Mapping
                        norms: Mapping[int, float]) -> State:
     """x - tau_eff sum_k p_k d_k,  d_k = (x - y_k) / a_k,  tau_eff = sum_k p_k a_k.
 
-    p_k = n_k / sum n_k, over the clients that hold the layer;  norms: client -> a_k, 0 without steps
-    Computed as the mean of x + (tau_eff / a_k) (y_k - x), the places of clients had all gone
-    equally far.  With equal a_k that is FedAvg bit for bit.  These are rounded to the weights'
-    type, so as not to hold all uploads in float64.  Buffers are averaged as they are.
+    p_k = n_k / sum n_k, over the clients that hold the layer
+    norms: client -> a_k, 0 for one without steps
+    Computed as the mean of x + (tau_eff / a_k) (y_k - x), so equal a_k are FedAvg bit for bit.
+    Buffers are averaged as they are.
     """
+    # tau_eff, per name
     one = torch.ones((), dtype=torch.float64)
     effective = average(dict.fromkeys(old, one), {k: dict.fromkeys(sent, norms[k] * one)
                                                   for k, sent in uploads.items()}, counts)
+
+    # Uploads as if all clients had gone equally far; in float64 they would take twice the memory.
     rescaled = {k: {name: torch.lerp(old[name].double(), y.double(),
                                      float(effective[name]) / (norms[k] or 1.0)).to(y.dtype)
                     if is_parameter(name) else y for name, y in sent.items()}
@@ -408,8 +389,7 @@ def frozen_copy(model: nn.Module, weights: State) -> nn.Module:
 def contrastive_loss(z: Tensor, z_global: Tensor, z_previous: Tensor, temperature: float) -> Tensor:
     """-log(e^(s_g / tau) / (e^(s_g / tau) + e^(s_p / tau))), mean over samples (MOON's l_con).
 
-    s_g, s_p: cosine similarity of z to z_global and z_previous, all (B, width); tau: temperature
-    It pulls z towards the global model's representation and away from the client's previous one.
+    s_g, s_p: cosine similarity of z to z_global (attracting) and z_previous (repelling), (B, width)
     """
     similarities = [F.cosine_similarity(z, other) for other in (z_global, z_previous)]
     return -F.log_softmax(torch.stack(similarities) / temperature, dim=0)[0].mean()
@@ -422,10 +402,7 @@ def moon_initial_memory(server: dict, client: Client) -> State:
 
 def moon_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, z_global: Tensor,
               z_previous: Tensor, *, mu: float, temperature: float = MOON_TEMPERATURE) -> Tensor:
-    """One step on cross entropy + mu l_con; return the detached cross entropy.
-
-    z_global, z_previous: (B, width), representations of x by the global and the previous model
-    """
+    """One step on cross entropy + mu contrastive_loss; return the detached cross entropy."""
     z = representation(model, x)
     loss = F.cross_entropy(model.classifier[-1](z), y)
     optimizer.zero_grad()
@@ -437,10 +414,8 @@ def moon_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, z_gl
 def moon_client_update(model: nn.Module, optimizer: Optimizer, received: State, data: ClientData,
                        stream: Stream, kept: State, *, local_epochs: int, batch_size: int,
                        mu: float = MOON_MU) -> Result:
-    """Minimise cross entropy + mu l_con (Algorithm 1), and keep the trained model.
-
-    kept: the client's model after its last round
-    """
+    """Minimise cross entropy + mu l_con (Algorithm 1); kept: the client's last trained model."""
+    # Both models that z is compared with are frozen, so their representations go along with x.
     reset(model, optimizer, received)
     global_model, previous_model = frozen_copy(model, received), frozen_copy(model, kept)
     frozen = torch.no_grad()(representation)
@@ -459,8 +434,8 @@ def cross_layer_update(update: Tensor, reference: Tensor) -> Tensor:
     g' = (g / |g| + theta g0 / |g0|) (|g| + |g0|) / 2, cut off at +-INCO_UPDATE_LIMIT, with
     theta = |<g, g0>| / <g0, g0>, at most INCO_STEP_LIMIT
     update, reference: g and g0, both (out, in, 3, 3); norms and products are of a 3x3 kernel
-    InCo's code takes the absolute value; its convex problem would project.
     """
+    # The absolute value is from InCo's code; its convex problem would project.
     def product(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(dim=(2, 3), keepdim=True)
 
@@ -473,13 +448,10 @@ def cross_layer_update(update: Tensor, reference: Tensor) -> Tensor:
 
 def cross_layer_average(old: State, uploads: Mapping[int, State],
                         counts: Mapping[int, int]) -> State:
-    """FedAvg's average, with deeper convolutions' changes combined with that of a first one.
-
-    In every stage of a ResNet the second convolution of block 0 is the reference of both
-    convolutions of all later blocks, which have its shape.  All other weights are FedAvg's.
-    """
+    """FedAvg's average, with changes of later blocks' convolutions combined with block 0's."""
     mean = average(old, uploads, counts)
     new = dict(mean)
+    # Block 0's second convolution has the shape of both convolutions of every later block.
     for name in old:
         stage, block, rest = block_of(name) or ("", 0, "")
         if block > 0 and rest in ("conv1.weight", "conv2.weight"):
@@ -499,28 +471,20 @@ def inco_server_update(server: dict, updates: Mapping[int, Update], *,
 
 def stage_depths(state: State) -> dict[str, int]:
     """Stage of a ResNet -> number of its blocks; nothing for other networks."""
-    places = [place for place in map(block_of, state) if place]
-    return {stage: 1 + max(block for other, block, _ in places if other == stage)
-            for stage in dict.fromkeys(stage for stage, _, _ in places)}
+    # Blocks ascend in a state dict, so the last one of a stage counts.
+    return {stage: block + 1 for stage, block, _ in filter(None, map(block_of, state))}
 
 
 def private_prefixes(state: State) -> tuple[str, ...]:
-    """Prefixes of the weights that an architecture of InclusiveFL does not share.
-
-    They are the classifier and, of a ResNet, the last block, its top block.
-    """
+    """Prefixes of weights that are not shared: the classifier, and the last block of a ResNet."""
     depths = stage_depths(state)
     top = [f"{stage}.{depths[stage] - 1}." for stage in list(depths)[-1:]]
     return ("classifier.", *top)
 
 
 def momentum_from(gradients: State, stage: str, blocks: range) -> State:
-    """m: the mean over a larger network's blocks of its gradients, named like the first of them.
-
-    gradients: of the larger network's parameters
-    Weights that some of these blocks lack, or have in another shape, are left out: in block 0 the
-    shortcut and the convolution that changes the width.
-    """
+    """m: the mean over a larger network's blocks of its gradients, named like the first of them."""
+    # In block 0 the shortcut and the convolution that changes the width have no counterpart.
     means, first = {}, f"{stage}.{blocks[0]}."
     for name, gradient in gradients.items():
         if name.startswith(first):
@@ -535,12 +499,10 @@ def inclusivefl_server_update(server: dict, updates: Mapping[int, Update], *,
                               aggregation: str = "layerwise") -> dict:
     """Average shared layers, and each architecture's classifier and top block apart.
 
-    The top block learns from larger networks by momentum.  For the last block, d_a - 1, of
-    architecture a, and the next larger one, b, with d_b blocks in that last stage:
-    x <- x - (beta m + (1 - beta) G_a),  with beta = INCLUSIVE_MOMENTUM, where G_a = x - mean y over the clients of a, and
-    m = the mean of G_b over b's blocks d_a - 1 to d_b - 1.  (The released code overwrites m where
-    it should add.)  Without clients of b, x becomes the mean of y; without clients of a it stays.
-    Buffers of batch normalisation have no gradient, so no m.
+    The top block, d_a - 1 of the last stage in architecture a, learns from the next larger one, b:
+    x <- x - (beta m + (1 - beta) G_a), where beta is INCLUSIVE_MOMENTUM, G_a = x - mean y over the
+    clients of a, and m = the mean of G_b over b's blocks d_a - 1 to d_b - 1.
+    Without clients of b, x becomes the mean of y.  Without clients of a, x stays.
     """
     new = private_average(server, updates, aggregation)
     weights, present = server["weights"], set(senders(server["weights"], updates).values())
@@ -549,7 +511,7 @@ def inclusivefl_server_update(server: dict, updates: Mapping[int, Update], *,
         if not {arch, larger} <= present:
             continue
 
-        # m, from the gradients G_b of the larger network
+        # m, from G_b; buffers have none.  The released code overwrites m where it should add.
         depths, larger_depths = stage_depths(weights[arch]), stage_depths(weights[larger])
         top = list(depths)[-1]
         gradients = {name: x - apart[larger][name] for name, x in weights[larger].items()
@@ -569,18 +531,16 @@ def private_average(server: dict, updates: Mapping[int, Update],
     weights, sender = server["weights"], senders(server["weights"], updates)
     private = {arch: private_prefixes(state) for arch, state in weights.items()}
 
-    def rename(arch: str, name: str) -> str:
-        return f"{name} of {arch}" if name.startswith(private[arch]) else name
-
+    # Names that no other architecture has keep weights private.
     def renamed(arch: str, state: State) -> State:
-        return {rename(arch, name): tensor for name, tensor in state.items()}
+        return {f"{name} of {arch}" if name.startswith(private[arch]) else name: tensor
+                for name, tensor in state.items()}
 
     means = fedavg_server_update(
         {"weights": {arch: renamed(arch, state) for arch, state in weights.items()}},
         {k: update._replace(weights=renamed(sender[k], update.weights))
          for k, update in updates.items()}, aggregation=aggregation)["weights"]
-    return {arch: {name: means[arch][rename(arch, name)] for name in state}
-            for arch, state in weights.items()}
+    return {arch: dict(zip(state, means[arch].values())) for arch, state in weights.items()}
 
 
 # -------------------------------------------------------------------------------------------- FedDF
@@ -616,10 +576,7 @@ def feddf_server_update(server: dict, updates: Mapping[int, Update]) -> dict:
 
 def distillation_step(student: nn.Module, optimizer: Optimizer, x: Tensor, teacher: Tensor, *,
                       temperature: float = 1.0, clip: float = DISTILLATION_CLIP) -> Tensor:
-    """One step on the KL divergence to the teacher's logits (B, C); return the detached loss.
-
-    clip: bound of the gradient's norm over all parameters
-    """
+    """One clipped step on KL to the teacher's logits (B, C); return the detached loss."""
     loss = distillation_loss(student(x), teacher, temperature)
     optimizer.zero_grad()
     loss.backward()
@@ -633,13 +590,11 @@ def feddf_distil(server: dict, updates: Mapping[int, Update], network: Callable,
                  distillation_steps: int = DISTILLATION_STEPS) -> dict:
     """Distil the clients' mean logits on proxy images into the averaged models (Algorithms 1, 3).
 
-    network: (architecture, weights) -> a network
-    proxy: unlabelled images; its labels are not read
-    validation: labelled images.  Of the average and the students after every DISTILLATION_CHECK
-        steps, the best on these counts, as in the released code; None: the last
-    Every architecture has a student, which begins with the average of its own clients.  All
-    students have the same teachers, all clients, and the same batches.  Adam's learning rate falls
-    along a cosine to 0.  Raises FloatingPointError if a student is no longer finite.
+    network: (architecture, weights) -> a network;  proxy: images whose labels are not read
+    validation: labelled images, on which the best of the average and of the students after every
+        DISTILLATION_CHECK steps is chosen, as in the released code; None: the last
+    Every architecture's student begins with the average of its clients and learns from all clients.
+    Raises FloatingPointError if a student is no longer finite.
     """
     if distillation_steps == 0:
         return server
@@ -648,6 +603,7 @@ def feddf_distil(server: dict, updates: Mapping[int, Update], network: Callable,
     labelled = proxy._replace(labels=mean_logits(network, server["weights"], updates, proxy))
     new = {}
     for arch, weights in server["weights"].items():
+        # The student, and batches without end, equal for all; the learning rate falls to 0.
         student = network(arch, weights)
         best, new[arch] = num_right(student, validation), weights
         optimizer = torch.optim.Adam(student.parameters(), lr=DISTILLATION_LR, fused=True)
@@ -678,29 +634,37 @@ APFL_SETTING = {"setting": "apfl"}
 QUICK_APFL = {"participation": 1.0, "local_epochs": 5, "batch_size": 50, "model": "cnn"}
 
 METHODS = {
+    # A client sends nothing and keeps its model.
     "local": FEDAVG._replace(
         download=local_download, client_update=local_client_update, server_update=None,
         deploy=local_deploy, initial_memory=local_initial_memory, averages=(),
         defaults=APFL_SETTING, in_setting={"quick": QUICK_APFL}),
+    # McMahan et al. 2017.  A client sends weights.
     "fedavg": FEDAVG,
+    # AP-FL, Sec. 4.1.  A client sends weights and keeps its model in the end.
     "fedavg-ft": FEDAVG._replace(
         finish=fedavg_ft_finish, in_setting={"quick": QUICK_APFL},
         defaults=FEDAVG.defaults | APFL_SETTING | {"finetune_epochs": None}),
+    # Li et al. 2020.  A client sends weights.
     "fedprox": FEDAVG._replace(
         client_update=fedprox_client_update, defaults=FEDAVG.defaults | {"mu": FEDPROX_MU},
         in_setting={"apfl": {"mu": FEDPROX_MU_APFL}}),
+    # Karimireddy et al. 2020.  A client sends weights and its variate's change, keeps its variate.
     "scaffold": FEDAVG._replace(
         init=scaffold_init, download=scaffold_download, client_update=scaffold_client_update,
         server_update=scaffold_server_update, initial_memory=scaffold_initial_memory,
         averages=SYNCHRONOUS),
-    "fednova": FEDAVG._replace(
-        client_update=fednova_client_update, server_update=fednova_server_update,
-        averages=SYNCHRONOUS),
+    # Wang et al. 2020.  A client sends weights and a number.
+    "fednova": FEDAVG._replace(client_update=fednova_client_update, averages=SYNCHRONOUS,
+                               server_update=fednova_server_update),
+    # Li et al. 2021.  A client sends weights and keeps its last model.
     "moon": FEDAVG._replace(
         client_update=moon_client_update, initial_memory=moon_initial_memory,
         averages=SYNCHRONOUS, defaults=FEDAVG.defaults | {"mu": MOON_MU}),
+    # Chan et al. 2024, Liu et al. 2022.  A client sends weights.
     "inco": FEDAVG._replace(server_update=inco_server_update, averages=SYNCHRONOUS),
     "inclusivefl": FEDAVG._replace(server_update=inclusivefl_server_update, averages=SYNCHRONOUS),
+    # Lin et al. 2020.  A client sends weights; the server has images.
     "feddf": FEDAVG._replace(
         server_update=feddf_server_update, distil=feddf_distil, averages=(),
         defaults=APFL_SETTING | {"proxy": "holdout", "distillation_steps": DISTILLATION_STEPS},

@@ -1,8 +1,5 @@
 """Random streams, data sets, network input and batches.  Imports no other module of ours.
 
-In reading order: random streams; loading (digits, torchvision's data sets, any .npz file); checks
-and conversion of arrays; writing files; network input from uint8 images; the batches of a client.
-
 Images are uint8 tensors (N, C, 32, 32), labels are int64 tensors (N,).  A client is an index into
 them: nothing is copied per client, and no loader stands between the tensors and the network.
 """
@@ -13,7 +10,6 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -26,10 +22,9 @@ from torch import Tensor
 IMAGE_SIZE = 32  # pixels; both papers resize every image to 32x32
 DOWNLOADED = ("svhn", "cifar10", "cifar100", "emnist", "fashionmnist")
 DATASETS = ("digits", *DOWNLOADED)
-CHARACTER_DATASETS = ("digits", "svhn", "emnist")
 
-# Purposes of random streams.  The numbers enter every seed and so every result: append new
-# purposes, never renumber.
+# Purposes of random streams.  No two share a stream, so a method that draws more than another still
+# sees the same participants.  The numbers enter every seed: append new purposes, never renumber.
 (SUBSET, PARTITION, TEST_SHARES, INITIAL_WEIGHTS, PARTICIPANTS, SPEEDS, BATCHES, AUGMENTATION,
  FEATURE_BATCH, FEATURE_POOL, NOISE, FEATURE_NOISE, GENERATOR_WEIGHTS, GENERATOR_NOISE, SYNTHETIC,
  FRIEND_BATCHES, RATE, LATENT, PROXY, PROXY_BATCHES, TEST_SUBSET) = range(21)
@@ -68,11 +63,7 @@ def numpy_stream(seed: int, purpose: int, round: int = 0, client: int = 0) -> np
 
 
 def torch_stream(seed: int, purpose: int, round: int = 0, client: int = 0) -> torch.Generator:
-    """Make the torch generator (CPU) for one purpose, round and client.
-
-    No two purposes share a stream.  A method that draws more than another therefore still sees the
-    same participants, batches and initial weights.
-    """
+    """Make the torch generator (CPU) for one purpose, round and client."""
     state = np.random.SeedSequence([seed, purpose, round, client]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
@@ -83,10 +74,8 @@ def streams(seed: int, round: int, client: int) -> Stream:
 
 
 def drawn(draw: Callable, *size: object, rng: torch.Generator, device: torch.device) -> Tensor:
-    """Draw on the CPU with draw (torch.randn, ...) and move the result to a device.
-
-    A GPU reads the result from page-locked memory, so that the CPU need not wait for the copy.
-    """
+    """Draw on the CPU with draw (torch.randn, ...) and move the result to a device."""
+    # A GPU reads from page-locked memory, so that the CPU need not wait for the copy.
     return draw(*size, generator=rng, pin_memory=device.type == "cuda").to(device,
                                                                            non_blocking=True)
 
@@ -96,7 +85,7 @@ def drawn(draw: Callable, *size: object, rng: torch.Generator, device: torch.dev
 def load(dataset: str | Path, data_dir: str | Path = "data") -> Dataset:
     """Load a data set by its name, or a user's data set by the path of an .npz file.
 
-    "digits" needs no download.  torchvision downloads the others into data_dir at first use.
+    torchvision downloads all but "digits" into data_dir at first use.
     Raises ValueError with one line that says what is wrong and what to do.
     """
     dataset = str(dataset)
@@ -120,8 +109,7 @@ def read_digits() -> Dataset:
     train, test = train_test_split(np.arange(len(images)), test_size=360, random_state=0,
                                    stratify=digits.target)
     x, y = to_images(images), torch.from_numpy(digits.target.astype(np.int64))
-    names = [str(name) for name in digits.target_names]
-    return Dataset(x[train], y[train], x[test], y[test], names, digest(images, y))
+    return Dataset(x[train], y[train], x[test], y[test], list("0123456789"), digest(images, y))
 
 
 def cache_path(dataset: str, data_dir: str | Path) -> Path:
@@ -130,10 +118,7 @@ def cache_path(dataset: str, data_dir: str | Path) -> Path:
 
 
 def load_downloaded(dataset: str, data_dir: str | Path) -> Dataset:
-    """Load one of torchvision's data sets from its resized copy, made at first use.
-
-    Where no copy can be written, each start reads the original files.
-    """
+    """Load one of torchvision's data sets from its resized copy, made at first use if possible."""
     cache = cache_path(dataset, data_dir)
     with one_at_a_time(cache):  # another process may be making the same copy
         if not cache.exists():
@@ -143,15 +128,11 @@ def load_downloaded(dataset: str, data_dir: str | Path) -> Dataset:
     try:
         return read_npz(cache)
     except ValueError as error:
-        raise ValueError(f"the cached copy {cache} is damaged: delete it to have it made again"
-                         ) from error
+        raise ValueError(f"the copy {cache} is damaged: delete it to have it made anew") from error
 
 
 def download(dataset: str, data_dir: str | Path) -> Dataset:
-    """Read torchvision's original files from data_dir, downloaded first if they are missing.
-
-    Raises ValueError if the files can be neither downloaded nor verified.
-    """
+    """Read torchvision's original files, downloaded if missing.  Raises ValueError on failure."""
     try:
         return read_originals(dataset, str(data_dir))
     except Exception as error:  # torchvision raises a dozen kinds on a broken file
@@ -163,24 +144,21 @@ def download(dataset: str, data_dir: str | Path) -> Dataset:
 def read_originals(dataset: str, root: str) -> Dataset:
     """Read one of torchvision's data sets from the folder root, verified by its checksums.
 
-    SVHN is its train split alone (73,257 images).  EMNIST is the letters split with labels 0..25.
-    Its files store images transposed, and here they are upright.
+    SVHN is its train split alone (73,257 images).  EMNIST is its letters split, turned upright.
     """
-    from torchvision import datasets
+    from torchvision.datasets import CIFAR10, CIFAR100, EMNIST, SVHN, FashionMNIST
 
     # Train and test part, then the images (N, H, W) or (N, H, W, C) and labels of each
     if dataset == "svhn":
-        parts = [datasets.SVHN(root, split, download=True) for split in ("train", "test")]
+        parts = [SVHN(root, split, download=True) for split in ("train", "test")]
         arrays = [(part.data.transpose(0, 2, 3, 1), part.labels) for part in parts]
         return from_arrays(*arrays[0], *arrays[1], list("0123456789"))
     if dataset == "emnist":
-        parts = [datasets.EMNIST(root, "letters", train=is_train, download=True)
-                 for is_train in (True, False)]
+        parts = [EMNIST(root, "letters", train=train, download=True) for train in (True, False)]
         arrays = [(part.data.transpose(1, 2).numpy(), part.targets.numpy() - 1) for part in parts]
         return from_arrays(*arrays[0], *arrays[1], list("abcdefghijklmnopqrstuvwxyz"))
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100,
-            "fashionmnist": datasets.FashionMNIST}[dataset]
-    parts = [kind(root, train=is_train, download=True) for is_train in (True, False)]
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100, "fashionmnist": FashionMNIST}[dataset]
+    parts = [kind(root, train=train, download=True) for train in (True, False)]
     arrays = [(np.asarray(part.data), np.asarray(part.targets)) for part in parts]
     return from_arrays(*arrays[0], *arrays[1], parts[0].classes)
 
@@ -189,8 +167,7 @@ def read_npz(path: str | Path) -> Dataset:
     """Read and check an .npz with x_train, y_train, x_test, y_test and optionally classes.
 
     Images: N x H x W (gray) or N x H x W x C with C 1 or 3; integers in 0..255, or floats in 0..1.
-    Labels: one integer per image, from 0 to the number of classes less one.
-    Raises ValueError with one line that names the file and says what is wrong with it.
+    Labels: one integer per image, 0..C - 1 for C classes.  A ValueError names the file.
     """
     if not Path(path).exists():
         raise ValueError(f"there is no file {path}: check its path")
@@ -206,8 +183,7 @@ def read_npz(path: str | Path) -> Dataset:
     # Names of the arrays, then their types and values
     missing = [name for name in ARRAYS[:4] if name not in arrays]
     if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}: it must hold x_train, y_train, "
-                         "x_test and y_test, and may hold classes")
+        raise ValueError(f"{path} has no {', '.join(missing)}: it needs {', '.join(ARRAYS[:4])}")
     try:
         data = from_arrays(*(arrays.get(name) for name in ARRAYS))
         # The digest covers the file's arrays, since resizing may differ between machines.
@@ -228,10 +204,7 @@ def write_npz(path: Path, data: Dataset) -> None:
 
 def from_arrays(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_test: np.ndarray,
                 classes: Sequence[str] | np.ndarray | None = None) -> Dataset:
-    """Check arrays with the layout given in read_npz, and make a Dataset of 32x32 images.
-
-    Raises ValueError that names the array and says what is wrong with it.
-    """
+    """Check arrays laid out as in read_npz, and make a Dataset.  A ValueError names the array."""
     for part, labels, images in (("train", y_train, x_train), ("test", y_test, x_test)):
         check_images(f"x_{part}", images)
         check_labels(f"y_{part}", labels, len(images))
@@ -248,13 +221,12 @@ def from_arrays(x_train: np.ndarray, y_train: np.ndarray, x_test: np.ndarray, y_
 
     # Agreement between the arrays
     for part, labels in (("train", y_train), ("test", y_test)):
-        if labels.max() >= len(names):
-            raise ValueError(f"y_{part} holds label {labels.max()}, but there are {len(names)} "
-                             f"classes, so labels must lie in 0..{len(names) - 1}")
+        unknown = np.setdiff1d(labels, np.arange(len(names)))
+        if len(unknown):
+            raise ValueError(f"y_{part} holds label {unknown[0]}, not in 0..{len(names) - 1}")
     train, test = to_images(x_train), to_images(x_test)
     if train.shape[1] != test.shape[1]:
-        raise ValueError("x_train and x_test must have the same number of channels, not "
-                         f"{train.shape[1]} and {test.shape[1]}")
+        raise ValueError(f"x_train has {train.shape[1]} channels, but x_test {test.shape[1]}")
     return Dataset(train, torch.from_numpy(y_train.astype(np.int64)),
                    test, torch.from_numpy(y_test.astype(np.int64)), names)
 
@@ -270,34 +242,26 @@ def check_images(name: str, images: np.ndarray) -> None:
         raise ValueError(f"{name} has dtype {images.dtype}; expected uint8, or floats in 0..1")
 
     # Range of the pixels
-    is_float = images.dtype.kind == "f"
-    highest = 1 if is_float else 255
-    if is_float and not np.isfinite(images).all():
+    highest = 1 if images.dtype.kind == "f" else 255
+    if not np.isfinite(images).all():
         raise ValueError(f"{name} holds NaN or infinite pixels")
     if images.min() < 0 or images.max() > highest:
         raise ValueError(f"{name} holds pixels from {images.min()} to {images.max()}; "
                          f"{images.dtype} images must lie in 0..{highest}")
-    if not is_float and images.max() == 1:
-        print(f"warning: {name} holds no integers but 0 and 1: are these masks, or images in 0..1 "
-              "cut to integers?", flush=True)
+    if highest == 255 and images.max() == 1:
+        print(f"warning: {name} holds only 0 and 1: masks, or images cut to integers?", flush=True)
 
 
 def check_labels(name: str, labels: np.ndarray, count: int) -> None:
-    """Raise ValueError unless the array holds one non-negative integer for each of count images."""
+    """Raise ValueError unless the array holds one integer for each of count images."""
     if labels.ndim != 1 or labels.dtype.kind not in "ui":
-        raise ValueError(f"{name} must hold one integer per image, not {labels.dtype} of shape "
-                         f"{labels.shape}")
+        raise ValueError(f"{name} is {labels.dtype} {labels.shape}; expected one integer per image")
     if len(labels) != count:
         raise ValueError(f"{name} has {len(labels)} labels for {count} images")
-    if labels.min() < 0:
-        raise ValueError(f"{name} holds label {labels.min()}; labels start at 0")
 
 
 def class_names(names: np.ndarray) -> list[str]:
-    """Convert names of any type, bytes too, to text of one line each.
-
-    Raises UnicodeDecodeError, a ValueError, for bytes that are not UTF-8.
-    """
+    """Convert names to text of one line each.  Raises ValueError for bytes that are not UTF-8."""
     # Lone surrogates, which no file or terminal accepts, become question marks.
     decoded = (name.decode() if isinstance(name, bytes) else str(name)
                for name in names.reshape(-1).tolist())
@@ -314,14 +278,11 @@ def digest(*arrays: Tensor | np.ndarray | Sequence[str]) -> str:
 
 
 def to_images(array: np.ndarray) -> Tensor:
-    """Convert images (N, H, W) or (N, H, W, C), 0..255 or floats in 0..1, to uint8 (N, C, 32, 32).
-
-    Resized by bilinear interpolation with antialiasing, as in torchvision.
-    """
+    """Convert images (N, H, W[, C]), 0..255 or floats in 0..1, to uint8 (N, C, 32, 32)."""
     channels, size = array.shape[3] if array.ndim == 4 else 1, [IMAGE_SIZE, IMAGE_SIZE]
     images = torch.empty(len(array), channels, *size, dtype=torch.uint8)
 
-    # In parts, since floats take four times the memory
+    # Resized as in torchvision, and in parts, since floats take four times the memory
     for start in range(0, len(array), 1000):
         chunk = array[start:start + 1000]
         chunk = np.rint(chunk * 255) if chunk.dtype.kind == "f" else chunk
@@ -341,11 +302,8 @@ def first_line(error: BaseException) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let write(file) fill a file that gets its name only once it is safely on the disk.
-
-    Until then it lies beside path under a name that no other process uses.  Raises OSError.
-    """
-    # A name of its own, so that two processes cannot write into one file
+    """Let write(file) fill a file, named path only once safely on the disk.  Raises OSError."""
+    # Until then it lies beside path under a name that no other process uses.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -375,14 +333,12 @@ def write_cache(path: Path, write: Callable[[Path], object]) -> bool:
     return True
 
 
-@contextmanager
 def one_at_a_time(path: Path):
-    """Make other processes of this machine wait that enter with the same path."""
+    """Lock at which other processes of this machine wait that enter with the same path."""
     from filelock import FileLock
 
     name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    with FileLock(f"{tempfile.gettempdir()}/{path.stem}-{name}.lock"):
-        yield
+    return FileLock(f"{tempfile.gettempdir()}/{path.stem}-{name}.lock")
 
 
 # ----------------------------------------------------------------------------------- network input
@@ -390,10 +346,9 @@ def one_at_a_time(path: Path):
 def channel_statistics(images: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation per channel over the indexed images, each (C, 1, 1), in 0..255.
 
-    Computed from an integer histogram, so that neither the order of the images nor the number of
-    threads changes the last bit.  A constant channel gets the standard deviation 1.
+    A constant channel gets the standard deviation 1.
     """
-    # Histogram (C, 256), in parts, so that no second copy of the images is held
+    # Integer histogram (C, 256), exact in any order; in parts, so that no second copy is held
     histogram = torch.zeros(images.shape[1], 256, dtype=torch.int64)
     for rows in indices.split(2000):
         for counts, channel in zip(histogram, images[rows].unbind(dim=1)):
@@ -421,7 +376,7 @@ def preparation(statistics: tuple[Tensor, Tensor], dataset: str = "",
         return partial(standardise, mean=mean, deviation=deviation)
 
     # A crop or a flip can make another character, so characters get Cutout alone.
-    options = {"padding": 0, "flip": False} if dataset in CHARACTER_DATASETS else {}
+    options = {"padding": 0, "flip": False} if dataset in ("digits", "svhn", "emnist") else {}
     return partial(augment, mean=mean, deviation=deviation, rng=rng, **options)
 
 
@@ -432,8 +387,7 @@ def augment(images: Tensor, mean: Tensor, deviation: Tensor, rng: torch.Generato
     images: (B, C, H, W) uint8
     padding: pixels of black border before a crop back to the old size
     flip: mirror half of the images left to right
-    hole: side of Cutout's square in pixels.  The square is zero after standardisation, centred
-        anywhere in the image, and cut off at its border
+    hole: side in pixels of Cutout's square of zeros, centred anywhere, cut off at the border
     """
     batch, _, height, width = images.shape
 
@@ -476,11 +430,9 @@ def num_steps(count: int, batch_size: int, epochs: int) -> int:
 
 def batches(data: ClientData, batch_size: int, epochs: int,
             rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches (x, y) of a client's images, shuffled anew each epoch.
-
-    A last batch of a single image is left out.  Batch normalisation in training mode needs more
-    than one value per channel, and at 32x32 the last stage of the ResNets is 1x1.
-    """
+    """Yield batches (x, y), shuffled anew each epoch, without a last batch of a single image."""
+    # Batch normalisation in training mode needs more than one value per channel, and at 32x32 the
+    # last stage of the ResNets is 1x1.
     for _ in range(epochs):
         order = drawn(torch.randperm, len(data.indices), rng=rng, device=data.indices.device)
         for rows in data.indices[order].split(batch_size):

@@ -25,10 +25,10 @@ from models import TEST_BATCH, State, collect_statistics, predict
 
 def predicted_right(experiment: Experiment, in_use: Iterable[tuple[object, str, object, State]],
                     ) -> dict[object, Tensor]:
-    """Which test images (N,) each client's model gets right, by client.
+    """Client -> test images (N,) that its model gets right, bool.
 
-    in_use: client, architecture, key and weights of its model.  They come one after the other, so
-        that not all need be in memory.  Equal keys are equal models; each distinct one predicts once
+    in_use: client, architecture, key and weights of its model, one after the other, so that not
+        all need be in memory.  Equal keys are equal models, and each distinct one predicts once
     """
     images, prepare = experiment.data.x_train, preparation(experiment.statistics)
     participants = torch.cat([experiment.clients[k].indices for k in experiment.available])
@@ -46,6 +46,7 @@ def predicted_right(experiment: Experiment, in_use: Iterable[tuple[object, str, 
             predicted = predict(model, experiment.data.x_test, prepare)
             right_here[key] = predicted == experiment.data.y_test
 
+    # Every process learns every outcome.
     right = {key: ranks.on_rank(rank, partial(right_here.get, key), experiment.settings["device"])
              for key, rank in rank_of.items()}
     return {k: right[key] for k, key in key_of.items()}
@@ -114,7 +115,7 @@ def group_accuracies(experiment: Experiment, right: Mapping[int, Tensor],
             share_accuracies({k: right[k] for k in ids}, experiment.test_shares).items()}
 
 
-# ----------------------------------------------------------------------------------- lines of the log
+# --------------------------------------------------------------------------------- lines of the log
 
 def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
     """Accuracies of the models that the clients use in the rounds.
@@ -124,6 +125,8 @@ def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
     in_use = ((client.id, client.arch, *experiment.method.deploy(server, client,
                                                                  memory.get(client.id)))
               for client in experiment.clients)
+
+    # Without a larger network that clients' ones are cut out of, that is all.
     if len(server["weights"]) == len(experiment.networks):
         return accuracies(experiment, predicted_right(experiment, in_use))
     ((arch, whole),) = server["weights"].items()

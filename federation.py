@@ -10,6 +10,7 @@ server.  kept and server are saved, so they are nests of dicts, lists, tensors a
 
 import inspect
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -24,8 +25,8 @@ import ranks
 from data import (AUGMENTATION, INITIAL_WEIGHTS, PARTICIPANTS, SPEEDS, ClientData, Dataset,
                   numpy_stream, preparation, streams, torch_stream)
 from files import error_context
-from models import (Make, State, all_finite, architecture_of, initial_weights, load_network,
-                    num_bytes, scratch_network, tensors_in)
+from models import (Make, State, all_finite, architecture_of, initial_weights, is_parameter,
+                    load_network, num_bytes, scratch_network, shapes, tensors_in)
 from partitions import Split, server_images
 
 SPEED_SPREAD = 4.0  # speed ratio of the fastest to the slowest client; not given in the papers
@@ -85,17 +86,14 @@ class Ending(NamedTuple):
 # ---------------------------------------------------------------------------------------- a method
 
 class Method(NamedTuple):
-    """A method: functions in the order of a round, and the settings that go with them.
-
-    bind fills keyword-only arguments of the functions from the flags of the same names.
-    """
+    """A method: functions in the order of a round, and its settings; see bind."""
 
     init: Callable  # (weights, *, ...) -> server, before round 1
     download: Callable  # (server, client, stream, *, ...) -> received
     client_update: Callable  # (model, optimizer, received, data, stream[, kept], *, ...) -> Result
     server_update: Callable | None  # (server, updates, *, ...) -> server; None: there is no server
     deploy: Callable  # (server, client, kept) -> (key, weights) in use; equal keys, equal weights
-    networks: Mapping[str, Mapping[str, Callable]]  # value of --model -> architecture -> constructor
+    networks: Mapping[str, Mapping[str, Callable]]  # --model -> architecture -> constructor
     averages: Sequence[str]  # values of --aggregation
     defaults: Mapping[str, Any]  # flags of the method that not every method reads -> default
     in_setting: Mapping[str, Mapping[str, Any]] = {}  # --setting -> other defaults
@@ -108,7 +106,7 @@ class Method(NamedTuple):
 
 
 def bind(method: Method, settings: Mapping[str, Any], **others: Any) -> Method:
-    """Fill the keyword-only arguments of a method's functions from settings and others."""
+    """Fill the keyword-only arguments of a method's functions from values of the same names."""
     values = {**settings, **others}
     return method._replace(**{name: fill_in_flags(function, values)
                               for name, function in method._asdict().items() if callable(function)})
@@ -126,7 +124,7 @@ def fill_in_flags(function: Callable, values: Mapping[str, Any]) -> Callable:
         if name in values:
             arguments[name] = values[name]
         elif parameter.default is parameter.empty:
-            raise TypeError(f"{function.__name__} needs {name}, and no flag of the run has this name")
+            raise TypeError(f"{function.__name__} needs {name}, and no flag has this name")
     return partial(function, **arguments)
 
 
@@ -195,11 +193,45 @@ def draw_participants(experiment: Experiment, t: int) -> list[int]:
     return sorted(rng.choice(experiment.available, count, replace=False).tolist())
 
 
-def traffic(results: Iterable[tuple[object, Result]]) -> dict[str, float]:
-    """Sum up client updates for the log: mean loss, megabytes up and down, images.
+def describe(experiment: Experiment, server: dict) -> str:
+    """Text on the run that is about to start: data, settings, clients, networks, traffic."""
+    settings, dataset, method = experiment.settings, experiment.data, experiment.method
+    channels, height, width = dataset.x_train.shape[1:]
+    participants = len(draw_participants(experiment, 1))
+    lines = [f"{settings['method']} on {settings['dataset']}: {len(dataset.y_train):,} training "
+             f"and {len(dataset.y_test):,} test images of {height}x{width}x{channels}, "
+             f"{len(dataset.classes)} classes",
+             f"{settings['rounds']} rounds with {participants} of {settings['clients']} clients, "
+             f"{settings['workers']} workers on {settings['device']}"
+             + (f" in each of {ranks.count()} processes" if ranks.count() > 1 else "")]
+    shown = [f"{name} {value}" for name, value in settings.items()
+             if value is not None and not isinstance(value, dict)]
+    lines.append(textwrap.fill(", ".join(shown), 100, break_on_hyphens=False))
 
-    results: of each update, the received value and the result
-    """
+    # Images per client and class, and the server's images
+    counts = [dataset.y_train[client.indices].bincount(minlength=len(dataset.classes)).tolist()
+              for client in experiment.clients]
+    lines.append(pictures.partition_table(
+        counts, [client.arch for client in experiment.clients], dataset.classes,
+        [dataset.classes[label] for label in experiment.unseen], experiment.dropouts))
+    if settings.get("proxy"):
+        held = method.distil.keywords
+        lines.append(f"the server holds {len(held['proxy'].images):,} unlabelled images "
+                     f"({settings['proxy']}) and {len(held['validation'].images):,} labelled ones")
+
+    # Networks and traffic
+    for arch, make in experiment.networks.items():
+        state = shapes(make)
+        size = sum(tensor.numel() for name, tensor in state.items() if is_parameter(name))
+        lines.append(f"{arch}: {size:,} parameters, {num_bytes(state) / 1e6:.2f} MB with buffers")
+    sent = [num_bytes(method.download(server, client, streams(settings["seed"], 0, client.id)))
+            for client in experiment.clients]
+    mean = sum(sent) / len(sent) * participants / 1e6
+    return "\n".join([*lines, f"traffic: about {mean:.0f} MB each way per round"])
+
+
+def traffic(results: Iterable[tuple[object, Result]]) -> dict[str, float]:
+    """Figures of client updates, each (received, result), for the log."""
     loss = upload = download = samples = 0
     for received, result in results:
         loss, samples = loss + result.loss, samples + result.samples
@@ -211,13 +243,10 @@ def traffic(results: Iterable[tuple[object, Result]]) -> dict[str, float]:
 # ---------------------------------------------------------------------------------- local training
 
 def reset(model: nn.Module, optimizer: Optimizer, weights: State) -> None:
-    """Load weights into the scratch model, in training mode, and clear the optimiser's state.
-
-    Zeros are the state of a new optimiser, for Adam and for SGD.  Zeroing saves the allocation of
-    twice the model's size per client.
-    """
+    """Load weights into the scratch model, in training mode, and clear the optimiser's state."""
     model.load_state_dict(weights)
     model.train()
+    # Zeros are the state of a new Adam or SGD, which would allocate twice the model's size.
     for tensor in tensors_in(list(optimizer.state.values())):
         tensor.zero_()
 
@@ -226,8 +255,7 @@ def run_steps(step: Callable, batches: Iterable[tuple], *tensors: object) -> tup
     """Run a method's step on every batch; return the sum of losses over samples, and their number.
 
     step: (x, y, *others, *tensors) -> detached mean loss of the batch; one whole optimiser step
-    batches: (x, y, *others), others being tensors that change from batch to batch
-    tensors: other tensors, or dicts of them, which stay equal through all batches
+    batches: (x, y, *others);  others change from batch to batch, tensors do not
     """
     loss_sum, samples = 0.0, 0
     for x, y, *others in batches:
@@ -236,15 +264,14 @@ def run_steps(step: Callable, batches: Iterable[tuple], *tensors: object) -> tup
     return float(loss_sum), samples
 
 
-# -------------------------------------------------------------------------------- clients in parallel
+# ------------------------------------------------------------------------------ clients in parallel
 
 def train_clients(experiment: Experiment, update: Callable, tasks: Sequence[Task],
                   title: str = "") -> dict[int, Result]:
-    """Run update for each task, in parallel: client id -> result.
+    """Run update for each task, on all processes of the run and their threads: client id -> result.
 
     update: (model, optimizer, received, data, stream[, kept]) -> Result
     title: name of a progress bar; "": no bar
-    Tasks are dealt out to the processes of the run, and there to worker threads.
     """
     settings, ids = experiment.settings, [task.client.id for task in tasks]
 
@@ -271,10 +298,7 @@ def train_clients(experiment: Experiment, update: Callable, tasks: Sequence[Task
 
 
 def train_client(experiment: Experiment, update: Callable, task: Task) -> Result:
-    """Run update for one task, in a worker thread.
-
-    Raises FloatingPointError if the loss or a weight is no longer finite.
-    """
+    """Run update for one task, in a worker thread.  Raises FloatingPointError if it diverges."""
     settings, client, images = experiment.settings, task.client, experiment.data.x_train
 
     # The client's images and random streams
@@ -305,10 +329,7 @@ def train_client(experiment: Experiment, update: Callable, task: Task) -> Result
 
 
 def train_server(experiment: Experiment, work: Callable[[], Any]) -> Any:
-    """Do the server's own training, on the first process of the run, with all cores.
-
-    Raises FloatingPointError if a tensor of its outcome is no longer finite.
-    """
+    """Do the server's training on the first process.  Raises FloatingPointError if it diverges."""
     outcome = ranks.on_rank(0, work, experiment.settings["device"])
     if not all_finite(outcome):
         raise FloatingPointError("the server's training: a weight is no longer finite")

@@ -3,8 +3,8 @@
 Zhu et al., Data-Free Knowledge Distillation for Heterogeneous Federated Learning, ICML 2021,
 arxiv.org/abs/2105.10056, as its released code has it.
 
-In reading order: the generator, which makes inputs of a classifier's last layer (latents) out of
-noise and labels; its training on the server; one round.
+In reading order: the generator, from noise and labels to inputs of a network's last layer
+(latents); its training on the server; one round.
 """
 
 import copy
@@ -23,7 +23,7 @@ from data import (BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, LATENT, ClientDat
                   drawn)
 from federation import Client, LabelledUpdate, Result, Update, reset, run_steps
 from generator import class_weights, classification_loss
-from models import State, copy_state, drawing_from
+from models import State, copy_state, drawing_from, load_network
 
 NOISE_DIM, HIDDEN = 64, 512  # sizes of the generator; the paper has none for this CNN
 LATENT_LR, LATENT_WEIGHT_DECAY = 3e-4, 1e-2  # Adam's, in the released code for MNIST
@@ -37,7 +37,7 @@ LATENT_BATCH = 32  # latents per step, on the server as on a client
 # ---------------------------------------------------------------------------------- the generator
 
 class LatentGenerator(nn.Module):
-    """Noise (N, d_z) in [0, 1) and labels (N,) to inputs of a classifier's last layer (N, width)."""
+    """Noise (N, d_z) in [0, 1) and labels (N,) to inputs (N, width) of a network's last layer."""
 
     def __init__(self, num_classes: int, width: int):
         super().__init__()
@@ -49,8 +49,7 @@ class LatentGenerator(nn.Module):
         return self.network(torch.cat([z, F.one_hot(y, self.num_classes)], dim=1))
 
 
-def initial_latent_generator(num_classes: int, width: int,
-                             rng: torch.Generator) -> LatentGenerator:
+def initial_latent_generator(num_classes: int, width: int, rng: torch.Generator) -> LatentGenerator:
     """Build a generator whose weights are drawn from rng; the global generator stays as it was."""
     with drawing_from(rng):
         return LatentGenerator(num_classes, width)
@@ -59,11 +58,8 @@ def initial_latent_generator(num_classes: int, width: int,
 def load_latent_generator(state: State) -> LatentGenerator:
     """Build the generator of a state dict, in evaluation mode; nothing is drawn."""
     inner, outer = state["network.0.weight"], state["network.3.weight"]
-    with torch.device("meta"):
-        generator = LatentGenerator(inner.shape[1] - NOISE_DIM, outer.shape[0])
-    generator = generator.to_empty(device=inner.device)
-    generator.load_state_dict(state)
-    return generator.eval()
+    make = partial(LatentGenerator, inner.shape[1] - NOISE_DIM, outer.shape[0])
+    return load_network(make, state).eval()
 
 
 def latent_noise(count: int, rng: torch.Generator, device: torch.device) -> Tensor:
@@ -72,10 +68,9 @@ def latent_noise(count: int, rng: torch.Generator, device: torch.device) -> Tens
 
 
 def latent_diversity_loss(z: Tensor, latents: Tensor) -> Tensor:
-    """exp(-mean over pairs of |z_i - z_j|^2 |latent_i - latent_j|), both means over coordinates.
+    """exp(-mean_ij |z_i - z_j|^2 |latent_i - latent_j|) for noise (N, d_z), latents (N, width).
 
-    Squared distances of the noise (N, d_z), absolute ones of the latents (N, width).  Far noise has
-    to make far latents.
+    Both distances are means over coordinates.  Far noise has to make far latents.
     """
     noise_distance = (z[:, None] - z[None]).square().mean(dim=2)
     latent_distance = (latents[:, None] - latents[None]).abs().mean(dim=2)
@@ -84,11 +79,12 @@ def latent_diversity_loss(z: Tensor, latents: Tensor) -> Tensor:
 
 def latent_generator_step(generator: LatentGenerator, optimizer: Optimizer, z: Tensor, y: Tensor,
                           heads: Sequence[Callable], weights: Tensor) -> Tensor:
-    """One step of L = sum_k w_k^y CE_k + L_diversity, in place; return the detached loss.
+    """One step on sum_k w_k^y CE_k + L_diversity, in place; return the detached loss.
 
-    z, y: (N, d_z) noise and (N,) labels;  heads: the clients' last layers
+    z, y: noise (N, d_z) and labels (N,);  heads: the clients' last layers
     weights: (heads, classes), w_k^y, from class_weights
     """
+    # The paper's third term, against the global model, has weight 0 in the released code.
     every_row = [torch.arange(len(y), device=y.device)] * len(heads)
     latents = generator(z, y)
     loss = (classification_loss(latents, y, heads, weights, every_row)
@@ -104,16 +100,15 @@ def train_latent_generator(generator: LatentGenerator, optimizer_state: dict | N
                            lr: float, steps: int = STEPS) -> dict:
     """Train the generator in place, so that the clients' last layers recognise its latents.
 
-    Labels are drawn among the classes that a client holds.  (The paper's third term, against the
-    global model, has the weight 0 in the released code, and is left out.)
     optimizer_state: returned after the round before, or None
     """
+    # The optimiser resumes from a copy of its state, since it would change the given tensors.
     optimizer = torch.optim.Adam(generator.parameters(), lr=lr, weight_decay=LATENT_WEIGHT_DECAY)
     if optimizer_state is not None:
-        # A copy, since the optimiser would change the given tensors.
         optimizer.load_state_dict(copy.deepcopy(optimizer_state))
     optimizer.param_groups[0]["lr"] = lr
 
+    # Labels, of classes that a client holds, are drawn before noise, both from one stream.
     generator.train()
     held = weights.sum(dim=0).nonzero().flatten()
     for _ in range(steps):
@@ -150,16 +145,17 @@ def fedgen_download(server: dict, client: Client, stream: Stream) -> FedGenDownl
 
 def fedgen_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, latents: Tensor,
                 random_y: Tensor, weight: float, *, batch_size: int) -> Tensor:
-    """One step on cross entropy and two terms by generated latents; return the cross entropy.
+    """One step on CE(x) + weight (L / batch_size CE(latents) + KL(q || p)); return detached CE(x).
 
     latents: (L + B, width), of L random labels, random_y (L,), and of the batch's labels y (B,)
-    First term: the last layer's cross entropy on the latents of random labels.  It counts
-    L / batch_size times as much, as in the released code.  Second term: KL(q || p), with p the
-    prediction for an image, and q, detached, that for a latent of the image's class.
-    weight: of both terms in this round
+    CE(latents) is the last layer's on the latents of random labels, p the prediction for an image,
+    and q, detached, that for a latent of the image's class.
     """
+    # Cross entropy of the images
     logits = model(x)
     loss = F.cross_entropy(logits, y)
+
+    # Terms by generated latents; L / batch_size is from the released code.
     synthetic, like_y = model.classifier.fc(latents).split([len(random_y), len(y)])
     matching = distillation_loss(logits, like_y.detach())
     objective = (loss + len(random_y) / batch_size * weight * F.cross_entropy(synthetic, random_y)
@@ -173,10 +169,7 @@ def fedgen_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, la
 def fedgen_client_update(model: nn.Module, optimizer: Optimizer, received: FedGenDownload,
                          data: ClientData, stream: Stream, *, local_epochs: int,
                          batch_size: int) -> Result:
-    """FedAvg's update with two terms by generated latents (Algorithm 1).
-
-    In round 1 there is no generator and this is FedAvg.
-    """
+    """FedAvg's update with terms by generated latents (Algorithm 1); in round 1 it is FedAvg's."""
     reset(model, optimizer, received.weights)
     images = batches(data, batch_size, local_epochs, stream(BATCHES))
     if received.generator is None:
@@ -206,20 +199,21 @@ def with_latents(images: Iterator, generator: State, classes: Tensor,
 
 def fedgen_distil(server: dict, updates: Mapping[int, LabelledUpdate], network: Callable,
                   stream: Stream) -> dict:
-    """Train the generator so that the clients' last layers recognise its latents (Algorithm 1).
-
-    Every client counts for a class by its share n_k^y / sum n^y of the images in this round.
-    """
+    """Train the generator so that the clients' last layers recognise its latents (Algorithm 1)."""
+    # Teachers: the clients' last layers, weighted per class by w_k^y = n_k^y / sum_k n_k^y
     uploads = [updates[k] for k in sorted(updates)]
     heads = [partial(F.linear, weight=upload.weights["classifier.fc.weight"],
                      bias=upload.weights["classifier.fc.bias"]) for upload in uploads]
     counts = torch.stack([upload.class_counts for upload in uploads])
+
+    # The generator of the round before, or a new one
     if server["generator"] is None:
-        num_classes, width = uploads[0].weights["classifier.fc.weight"].shape
-        generator = initial_latent_generator(num_classes, width, stream(GENERATOR_WEIGHTS)).to(
-            counts.device)
+        shape = uploads[0].weights["classifier.fc.weight"].shape
+        generator = initial_latent_generator(*shape, stream(GENERATOR_WEIGHTS)).to(counts.device)
     else:
         generator = load_latent_generator(server["generator"])
+
+    # Training
     optimizer = train_latent_generator(
         generator, server["optimizer"], heads, class_weights(counts), stream(GENERATOR_NOISE),
         lr=LATENT_LR * DECAY**server["round"])
@@ -229,6 +223,7 @@ def fedgen_distil(server: dict, updates: Mapping[int, LabelledUpdate], network: 
 
 # --------------------------------------------------------------------------------------- the method
 
+# Zhu et al. 2021.  A client sends weights and class counts, and receives the generator.
 METHODS = {"fedgen": FEDAVG._replace(
     init=fedgen_init, download=fedgen_download, client_update=fedgen_client_update,
     distil=fedgen_distil, averages=SYNCHRONOUS, defaults=FEDAVG.defaults | APFL_SETTING,

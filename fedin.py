@@ -3,8 +3,8 @@
 Anonymous authors, FedIN: Federated Intermediate Layers Learning for Model Heterogeneity (under
 double-blind review).  Equation and section numbers below are this paper's.
 
-In reading order: the two pieces of mathematics (gradient alleviation, Eq. 8-13; noise, Sec. 4.3);
-one step; then one round: the download, the client's update, the server's update.
+In reading order: gradient alleviation (Eq. 8-13); noise (Sec. 4.3); one step; then one round: the
+download, the client's update, the server's update.
 
 symbol            name                shape
 x, y              x, y                (B, C, 32, 32), (B,)
@@ -39,8 +39,8 @@ MU = 0.1  # mu, Sec. 5.1: "mu/2 ... is 0.05"
 NOISE_LEVEL = 0.8  # FedIN (+Noise), in standard deviations of the features, Sec. 4.3
 FEATURE_BATCH_SIZE = 16  # |S|, Sec. 5.4 and Fig. 6c
 FEATURE_BATCHES = 1  # "sample number", Fig. 6d
-LOCAL_SHARE = {"simplified": 0.5, "exact": 1.0, "sum": 1.0}  # --projection -> weight of G_local;
-# Eq. 13 has lambda / 2 = 0.5, "sum" is "w/o Opt" in Table 2b
+# --projection -> weight of G_local: lambda / 2 in Eq. 13; 1 before Eq. 12, and "w/o Opt" (Table 2b)
+LOCAL_SHARE = {"simplified": 0.5, "exact": 1.0, "sum": 1.0}
 
 Features = tuple[Tensor, Tensor]  # (s_in, s_out), one row per sample
 
@@ -65,10 +65,9 @@ class Upload(NamedTuple):
 def project_gradient(inner: Tensor, local: Tensor) -> Tensor:
     """Nearest point to G_IN that does not oppose G_local (Eq. 12, the solution of Eq. 9).
 
-    Z = G_IN                    if b >= 0
+    Z = G_IN                    if b >= 0: G_local has no share in Z if the two agree
     Z = G_IN - (b/a) G_local    if b < 0,   with a = <G_local, G_local>, b = <G_local, G_IN>
     inner, local: G_IN and G_local of one weight tensor, of equal shape, as Z
-    G_local has no share in Z at all if the two agree (b >= 0).
     """
     # Scaled to a largest entry of 1, no square overflows or underflows; b/a differs by that factor.
     # Clamps take the place of branches, so that nothing waits for the device, and keep out 0/0.
@@ -93,10 +92,9 @@ def set_projected_gradients(intermediate: nn.Module, l_in: Tensor) -> None:
 # ------------------------------------------------------------------------------ noise (Section 4.3)
 
 def add_noise(s: Tensor, level: float, z: Tensor) -> Tensor:
-    """s + level sigma z, where sigma is the standard deviation of s, over the whole tensor.
+    """s + level sigma z, with sigma the standard deviation of s over the whole tensor, detached.
 
     level: 0.8 in the paper (Sec. 4.3);  z: standard normal noise, shaped like s
-    No gradient flows through sigma.
     """
     return s + level * s.detach().std() * z
 
@@ -145,28 +143,21 @@ def fedin_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor,
 # ---------------------------------------------------------------------------------------- one round
 
 def fedin_init(weights: dict[str, State]) -> dict:
-    """Server state before round 1: global weights, and an empty pool of features.
-
-    Later the pool holds owner (P,), the client of each row, s_in (P, 64, 8, 8) and
-    s_out (P, 512, 1, 1) for the ResNets.
-    """
+    """Server state before round 1: global weights, and an empty pool of features."""
+    # Later the pool holds owner (P,), the client of each row, and the rows of s_in and s_out.
     return {**fedavg_init(weights), "pool": {}}
 
 
 def fedin_download(server: dict, client: Client, stream: Stream, *,
                    feature_batch_size: int = FEATURE_BATCH_SIZE,
                    feature_batches: int = FEATURE_BATCHES) -> Download:
-    """Send global weights, and batches of features of other clients, never its own (Sec. 4.1).
-
-    The rows are drawn without replacement from all that the others sent in the last round, which
-    mixes owners and architectures.
-    """
+    """Send global weights, and batches of features of other clients, never its own (Sec. 4.1)."""
     weights, pool = server["weights"][client.arch], server["pool"]
-    if not pool:
-        return Download(weights, None)
-    rows = (pool["owner"] != client.id).nonzero().flatten()
+    rows = (pool["owner"] != client.id).nonzero().flatten() if pool else ()
     if len(rows) == 0:
         return Download(weights, None)
+
+    # Rows of the last round, drawn without replacement, mix owners and architectures.
     order = torch.randperm(len(rows), generator=stream(FEATURE_POOL))
     rows = rows[order[: feature_batch_size * feature_batches]]
     return Download(weights, (pool["s_in"][rows], pool["s_out"][rows]))
@@ -182,10 +173,10 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Downlo
 
     noise, projection: see fedin_step
     noise_on: "features", in every forward pass and so on the upload, or on the "upload" alone
-    feature_batch_size, feature_batches: rows of a batch of features, and batches that are sent;
-        batches received take turns, one per step
+    feature_batch_size, feature_batches: rows of a batch of features, and batches that are sent
     Without noise, and without features to learn from as in round 1, this is FedProx.
     """
+    # A step, and batches with what it needs besides (x, y)
     reset(model, optimizer, received.weights)
     start, images = copy_parameters(model), batches(data, batch_size, local_epochs, stream(BATCHES))
     level = noise if noise_on == "features" else 0.0
@@ -198,6 +189,7 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Downlo
         step = partial(fedprox_step, model, optimizer, mu=mu)
     loss, samples = run_steps(step, images, start)
 
+    # The upload
     weights, features = copy_state(model), None
     if feature_batches > 0:
         features = own_features(model, data, feature_batch_size * feature_batches, stream,
@@ -215,10 +207,7 @@ def feature_pairs(features: Features | None, batch_size: int) -> list[Features]:
 
 @torch.no_grad()
 def feature_shapes(model: nn.Module, images: Tensor) -> Features:
-    """Features (s_in, s_out) of one black image, for their shapes; the model is in training mode.
-
-    images: (N, C, H, W), of any type
-    """
+    """Features (s_in, s_out) of a black image, for shapes; the model stays in training mode."""
     model.eval()
     s_in = model.extractor(torch.zeros_like(images[:1], dtype=torch.float32))
     shapes = s_in, model.intermediate(s_in)
@@ -228,10 +217,7 @@ def feature_shapes(model: nn.Module, images: Tensor) -> Features:
 
 def with_features(images: Iterator, pairs: list[Features], shapes: Features | None,
                   rng: torch.Generator) -> Iterator[tuple]:
-    """Batches (x, y, features, z): others' features in turn, and noise, to go with (x, y).
-
-    pairs: batches of features, maybe none;  shapes: see feature_shapes; None: no noise
-    """
+    """Batches (x, y, features, z): a batch of pairs in turn, and noise unless shapes is None."""
     turns = cycle(pairs or [None])
     for x, y in images:
         z = None
@@ -244,9 +230,8 @@ def with_features(images: Iterator, pairs: list[Features], shapes: Features | No
 @torch.no_grad()
 def own_features(model: nn.Module, data: ClientData, count: int, stream: Stream, *,
                  noise: float = 0.0, noise_on: str = "features") -> Features:
-    """Features (s_in, s_out) of count of the client's own training images (Eq. 4 and 5).
+    """Features (s_in, s_out) of at most count of the client's training images (Eq. 4 and 5).
 
-    Made after local training, in evaluation mode.  A client with fewer images sends them all.
     The images are prepared as for training, so --augment changes them too.
     noise: the upload carries it; with noise_on "features" s_out is computed from the noisy s_in
     """
@@ -286,6 +271,7 @@ ABLATIONS = {  # value of --ablate -> flags that it sets (Table 2b)
     "in": {"feature_batches": 0, "feature_batch_size": 0, "projection": "sum"},
     "prox": {"mu": 0.0}, "opt": {"projection": "sum"}}
 
+# A client sends weights and features.
 METHODS = {"fedin": FEDAVG._replace(
     init=fedin_init, download=fedin_download, client_update=fedin_client_update,
     server_update=fedin_server_update, averages=SYNCHRONOUS, defaults=FEDAVG.defaults | {

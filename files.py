@@ -1,7 +1,6 @@
 """A run's folder: its lock, config.json, checkpoint.pt, metrics.jsonl, result.json, its end.
 
-A file that is wrong raises a ValueError of one line with its remedy.
-Under torchrun the first rank alone writes.
+A wrong file raises a ValueError of one line with its remedy.  Of several ranks the first writes.
 """
 
 import json
@@ -26,6 +25,17 @@ import ranks
 from data import first_line, write_atomically
 from models import on_device
 
+LOCK = ".run-lock"  # the locked file; its mere presence means nothing
+# Names of the files that write_atomically leaves if it is killed
+HALF_WRITTEN = re.compile(r"(config\.json|checkpoint\.pt|metrics\.jsonl|result\.json|\w+\.png)"
+                          r"\.[0-9a-f]{12}\.tmp")
+MAY_CHANGE = ("rounds", "workers", "device", "data_dir")  # settings that --resume may change
+INPUTS = ("dataset", "proxy", "semantics", "word_vectors")  # settings that may name a file
+NEW_RUN = "start a new run with another --out"
+START_OVER = "move it away, and --resume starts at round 1"
+# This process's lock, and the folders that it made for its run
+_held: tuple[FileLock, list[Path]] | None = None
+
 
 class Progress(NamedTuple):
     """Everything that the next round or stage needs."""
@@ -47,14 +57,6 @@ def first_progress(server: dict) -> Progress:
 
 # ------------------------------------------------------------------------------------- folder, lock
 
-LOCK = ".run-lock"  # the locked file; its mere presence means nothing
-# Names of the files that write_atomically leaves if it is killed
-HALF_WRITTEN = re.compile(r"(config\.json|checkpoint\.pt|metrics\.jsonl|result\.json|\w+\.png)"
-                          r"\.[0-9a-f]{12}\.tmp")
-# This process's lock, and the folders that it made for its run
-_held: tuple[FileLock, list[Path]] | None = None
-
-
 def claim(out: Path, resume: bool) -> None:
     """Lock a run's folder for this process until release() or the process's end.
 
@@ -63,7 +65,6 @@ def claim(out: Path, resume: bool) -> None:
     Raises ValueError if another process has the folder, or if it does not hold what it should.
     """
     global _held
-
     # Refuse what cannot be a run's folder
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")
@@ -82,14 +83,13 @@ def claim(out: Path, resume: bool) -> None:
     _held = lock, new_folders
 
     # Remove half-written files, unless others show that the folder is in use
-    half_written = [path for path in out.iterdir() if HALF_WRITTEN.fullmatch(path.name)]
-    others = [path for path in out.iterdir() if path not in half_written
-              and path.name != "error.log" and not path.name.startswith(".")]
-    if others and not resume:
+    names = [name for name in os.listdir(out) if name != "error.log" and not name.startswith(".")]
+    half_written = list(filter(HALF_WRITTEN.fullmatch, names))
+    if len(half_written) < len(names) and not resume:
         raise ValueError(f"{out} is not empty: resume its run with --resume --out {quoted(out)}, "
                          "or choose another --out")
-    for path in half_written:
-        path.unlink()
+    for name in half_written:
+        (out / name).unlink()
 
 
 def release() -> None:
@@ -113,9 +113,6 @@ def quoted(path: Path) -> str:
 
 # ------------------------------------------------------------------------------------ configuration
 
-MAY_CHANGE = ("rounds", "workers", "device", "data_dir")  # settings that --resume may change
-INPUTS = ("dataset", "proxy", "semantics", "word_vectors")  # settings that may name a file
-
 def write(path: Path, fill: Callable) -> None:
     """Let fill(file) write a file of the run, atomically."""
     if ranks.is_first():
@@ -135,31 +132,26 @@ def versions() -> dict[str, str]:
 
 def read_config(out: Path) -> dict:
     """Settings of the run in a folder.  Raises ValueError if there is no run."""
-    try:
-        settings = json.loads((out / "config.json").read_text())
-    except FileNotFoundError as error:
+    path = out / "config.json"
+    if not path.exists():
         raise ValueError(f"there is no run in {out} to resume: check --out, or leave out --resume "
-                         "to start one") from error
-    except ValueError:
-        settings = None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{out / 'config.json'} is damaged: start a new run with another --out")
-    return settings
+                         "to start one")
+    with suppress(ValueError):
+        if isinstance(settings := json.loads(path.read_text()), dict):
+            return settings
+    raise ValueError(f"{path} is damaged: {NEW_RUN}")
 
 
 def check_agreement(out: Path, settings: dict, typed: dict) -> None:
-    """Raise ValueError if a typed flag contradicts the settings of the run in a folder.
-
-    Files may be named anew; each input file has to exist.
-    """
+    """Raise ValueError if a typed flag contradicts the run in out, or an input file is missing."""
     for name, value in typed.items():
         flag, before = f"--{name.replace('_', '-')}", settings.get(name)
         if name not in settings:
             raise ValueError(f"{flag} is not read by the run in {out}: leave it out")
         moved = is_input_file(name, before) and is_input_file(name, value)
         if before != value and name not in MAY_CHANGE and not moved:
-            raise ValueError(f"{flag} {value} differs from the {before} of the run in "
-                             f"{out}: leave it out, or start a new run with another --out")
+            raise ValueError(f"{flag} {value} differs from the {before} of the run in {out}: leave "
+                             f"it out, or {NEW_RUN}")
     if typed.get("rounds", settings["rounds"]) < settings["rounds"]:
         raise ValueError(f"--rounds {typed['rounds']} is less than the {settings['rounds']} of "
                          f"the run in {out}: it may only grow")
@@ -175,24 +167,18 @@ def is_input_file(name: str, value: object) -> bool:
 
 
 def check_same(settings: dict, digests: Mapping[str, str]) -> dict:
-    """The setting "digests" with these added.  Raises ValueError if the run began with other data.
-
-    digests: name of a setting -> data.digest of the data that it names
-    """
+    """The digests of the data by setting, with new ones.  Raises ValueError if a digest differs."""
     before = settings.get("digests", {})
     for name, digest in digests.items():
         if before.get(name, digest) != digest:
             flag, value = f"--{name.replace('_', '-')}", settings[name]
             remedy = f"pass its location with {flag}" if Path(value).suffix else "restore its files"
-            raise ValueError(f"{flag} {value} is not what this run began with: {remedy}, or start "
-                             "a new run with another --out")
+            raise ValueError(
+                f"{flag} {value} is not what this run began with: {remedy}, or {NEW_RUN}")
     return {"digests": before | digests}
 
 
 # -------------------------------------------------------------------------------------- checkpoints
-
-START_OVER = ": move it away, and --resume starts at round 1"
-
 
 def save_checkpoint(out: Path, progress: Progress) -> None:
     """Write the progress of a run in plain types, which load without unpickling."""
@@ -216,21 +202,17 @@ def load_checkpoint(out: Path, device: str) -> Progress | None:
     except Exception as error:
         if isinstance(error, OSError) or is_out_of_memory(error):
             raise
-        raise ValueError(f"{path} is damaged{START_OVER}") from error
+        raise ValueError(f"{path} is damaged: {START_OVER}") from error
 
 
 def check_fits(out: Path, saved: Progress, rounds: int, pattern: Progress) -> None:
-    """Raise ValueError if a checkpoint cannot be of the run in a folder.
-
-    pattern: progress before round 1, with a memory for each client that can have one
-    """
-    fits = all(type(value) is kind for value, kind in zip(saved, (int, *[dict] * 5))) and (
-        0 <= saved.round <= rounds
-        and is_alike(saved.server, pattern.server) and is_alike(saved.totals, pattern.totals)
-        and all(client in pattern.memory and is_alike(kept, pattern.memory[client])
-                for client, kept in saved.memory.items()))
+    """Raise ValueError unless a checkpoint is like pattern: before round 1, with all memories."""
+    fits = (is_alike(saved._asdict(), pattern._replace(memory={})._asdict())
+            and 0 <= saved.round <= rounds
+            and all(client in pattern.memory and is_alike(kept, pattern.memory[client])
+                    for client, kept in saved.memory.items()))
     if not fits:
-        raise ValueError(f"{out / 'checkpoint.pt'} is of another run, or damaged{START_OVER}")
+        raise ValueError(f"{out / 'checkpoint.pt'} is of another run, or damaged: {START_OVER}")
 
 
 def is_alike(value: object, pattern: object) -> bool:
@@ -265,32 +247,28 @@ def append_metrics(path: Path, entry: dict) -> None:
 
 def replace_last_line(path: Path, entry: dict) -> None:
     """Replace the last line of metrics.jsonl, atomically."""
-    if ranks.is_first():
-        lines = path.read_bytes().splitlines(keepends=True)
-        write_atomically(path, lambda file: file.writelines([*lines[:-1], json_line(entry)]))
+    write(path, lambda file: file.writelines(
+        [*path.read_bytes().splitlines(keepends=True)[:-1], json_line(entry)]))
 
 
 def metrics_so_far(out: Path, progress: Progress, settings: dict) -> list[dict]:
     """Entries of metrics.jsonl as if the run had reached progress.round without a stop.
 
-    The file loses further lines: of later rounds, a torn one, the one of a round that was evaluated
+    The file loses lines of later rounds, a torn line, and the line of a round that was evaluated
     only because it was the last before --rounds grew.  Raises ValueError if an entry is missing.
     """
     path, history = out / "metrics.jsonl", []
     content = path.read_bytes() if path.exists() else b""
+    due = [t for t in range(1, progress.round + 1) if is_evaluated(t, settings)]
 
-    # Entries up to the checkpoint, or to a line that is none
-    for line in content.splitlines(keepends=True):
-        try:
+    # Entries of these rounds, up to a line that is none
+    with suppress(ValueError, LookupError, TypeError):
+        for line in content.splitlines(keepends=True):
             entry = json.loads(line)
-            wanted = entry["round"] <= progress.round and is_evaluated(entry["round"], settings)
-        except (ValueError, LookupError, TypeError):
-            break
-        if wanted and line.endswith(b"\n"):
-            history.append(entry)
-    if len(history) != sum(is_evaluated(t, settings) for t in range(1, progress.round + 1)):
-        raise ValueError(f"{path} lacks lines of finished rounds: restore it, or start a new "
-                         "run with another --out")
+            if entry["round"] in due and line.endswith(b"\n"):
+                history.append(entry)
+    if len(history) != len(due):
+        raise ValueError(f"{path} lacks lines of finished rounds: restore it, or {NEW_RUN}")
 
     # Stages after the last round write over its entry, so it comes from the checkpoint.
     if history and history[-1]["round"] == progress.last_metrics.get("round"):
@@ -320,7 +298,7 @@ def accuracy_in_rounds(entry: Mapping, name: str = "accuracy") -> float | None:
 def summarise(history: list[dict], totals: dict) -> dict:
     """Content of result.json; best round and mean of the last ten are by accuracy_in_rounds."""
     last, best = history[-1], max(history, key=accuracy_in_rounds)
-    recent = [accuracy_in_rounds(entry) for entry in history[-10:]]
+    recent = list(map(accuracy_in_rounds, history[-10:]))
     per_round = ("round", "upload_mb", "download_mb", "samples", "clock", "seconds")
     return {"rounds": last["round"],
             **{name: value for name, value in last.items() if name not in per_round},
@@ -346,8 +324,8 @@ def error_context(place: str):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine or its GPU had too little memory; torch has no type for the first."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        "allocate memory" in str(error))
+    kinds = MemoryError, torch.OutOfMemoryError
+    return isinstance(error, kinds) or "allocate memory" in str(error)
 
 
 def one_line(text: str) -> str:
@@ -357,10 +335,9 @@ def one_line(text: str) -> str:
 
 
 def describe_ending(out: Path | None, error: BaseException, speaks: bool) -> tuple[str, int]:
-    """Message and exit status of a run that an error ends.
+    """Message and exit status of a run that an error ends; a speaker logs unforeseen errors.
 
-    out: the run's folder, None if the run had not begun
-    speaks: whether this process prints the message, and logs an unforeseen error's traceback
+    out: the run's folder, None before the run has begun
     """
     resume = f"resume with: python run.py --resume --out {quoted(out)}" if out else ""
 

@@ -33,7 +33,6 @@ SLICE = 450  # samples held in memory at a time in a training step, some 3 MB ea
 SAMPLE_BATCH = 250  # synthetic images made at a time
 LAYOUT = torch.channels_last  # on a CPU, training is 1.2 and sampling 2.6 times as fast in it
 
-
 # ------------------------------------------------------------------------------------------ network
 
 class SemanticGenerator(nn.Module):
@@ -53,23 +52,16 @@ class SemanticGenerator(nn.Module):
         self.network = nn.Sequential(
             # [z ; A(y)] to an image of 8 x 8
             nn.Linear(noise_dim + semantics.shape[1], wide * 8 * 8),
-            nn.Unflatten(1, (wide, 8, 8)),
-            nn.BatchNorm2d(wide),
+            nn.Unflatten(1, (wide, 8, 8)), nn.BatchNorm2d(wide),
             # 8 x 8 to 16 x 16
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(wide, wide, 3, padding=1),
-            nn.BatchNorm2d(wide),
-            nn.LeakyReLU(0.2, inplace=True),
+            nn.Upsample(scale_factor=2), nn.Conv2d(wide, wide, 3, padding=1),
+            nn.BatchNorm2d(wide), nn.LeakyReLU(0.2, inplace=True),
             # 16 x 16 to 32 x 32
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(wide, narrow, 3, padding=1),
-            nn.BatchNorm2d(narrow),
-            nn.LeakyReLU(0.2, inplace=True),
+            nn.Upsample(scale_factor=2), nn.Conv2d(wide, narrow, 3, padding=1),
+            nn.BatchNorm2d(narrow), nn.LeakyReLU(0.2, inplace=True),
             # Channels of the image, standardised
-            nn.Conv2d(narrow, channels, 3, padding=1),
-            nn.Tanh(),
-            nn.BatchNorm2d(channels, affine=False),
-        )
+            nn.Conv2d(narrow, channels, 3, padding=1), nn.Tanh(),
+            nn.BatchNorm2d(channels, affine=False))
 
     def forward(self, z: Tensor, y: Tensor) -> Tensor:
         return self.network(torch.cat([z, self.semantics[y]], dim=1))
@@ -95,10 +87,9 @@ def load_generator(state: dict[str, Tensor], channels: int, noise_dim: int) -> S
 # ------------------------------------------------------------------------------------------- losses
 
 def class_weights(counts: Tensor) -> Tensor:
-    """alpha_k^y of Eq. 7: the share of the images of class y that client k holds.
+    """alpha_k^y of Eq. 7, (clients, classes): client k's share of the images of class y.
 
-    counts: (clients, classes) number of training images
-    Returns (clients, classes); each column sums to 1, or to 0 if nobody holds the class.
+    counts: (clients, classes) number of training images;  a class that nobody holds gets zeros
     """
     counts = counts.double()
     return (counts / counts.sum(dim=0).clamp(min=1)).float()
@@ -134,8 +125,7 @@ def diversity_loss(x: Tensor, *, distance: str = "l2") -> Tensor:
     """L_diversity, Eq. 8: minus the mean distance between two samples of one class.
 
     x: (classes, n_s, ...) samples by class, n_s at least 2; Eq. 8 is averaged over the classes
-    distance: "l2", as printed, or "rms", the root mean square over pixels and channels, which is
-        smaller by sqrt(C H W)
+    distance: "l2", as printed, or "rms", the root mean square, which is smaller by sqrt(C H W)
     The subgradient between two equal samples is 0, not NaN.
     """
     flat = x.flatten(2)
@@ -212,11 +202,9 @@ def train_generator(generator: SemanticGenerator, teachers: Sequence[nn.Module],
 
     # Steps, each with noise of its own
     for _ in range(generator_steps):
-        slices = []
-        for size in sizes:
-            y = labels[size]
-            z = drawn(torch.randn, y.numel(), generator.noise_dim, rng=rng, device=y.device)
-            slices.append(Slice(z, y, rows[size]))
+        noise = [drawn(torch.randn, labels[size].numel(), generator.noise_dim, rng=rng,
+                       device=weights.device) for size in sizes]
+        slices = [Slice(z, labels[size], rows[size]) for z, size in zip(noise, sizes)]
         losses = generator_step(generator, optimizer, teachers, weights, slices, balance=balance,
                                 distance=distance)
         if report is not None:

@@ -1,20 +1,18 @@
 """Networks, and the arithmetic of their weights.  Imports torch and the standard library alone.
 
 In reading order: the CNN of AP-FL and the ResNets of FedIN; convolutions that skip padding, for
-speed; building and loading networks; weights as state dicts: copies, sizes, averages,
-interpolation; prediction.
+speed; building and loading networks; weights as state dicts; prediction.
 
 Every network is classifier(intermediate(extractor(x))).  The three parts are submodules of these
 names, so the first word of a weight's name tells its part.
 """
 
 import ctypes
-import functools
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +28,7 @@ RESNET_BLOCKS = {  # residual blocks in the four stages; each network contains t
     "resnet22": (2, 2, 3, 3),
     "resnet26": (3, 3, 3, 3),
 }
-BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # batch normalisation's
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")  # names in batch normalisation
 TEST_BATCH = 128  # images; fastest on a CPU between 128 and 256, twice as slow at 1,024
 
 # ----------------------------------------------------------------------------------------- networks
@@ -38,25 +36,18 @@ TEST_BATCH = 128  # images; fastest on a CPU between 128 and 256, twice as slow 
 class CNN(nn.Module):
     """Two convolutions and two fully connected layers, for 32x32 images (AP-FL, Sec. 4.1).
 
-    The first convolution block is the extractor.  The second, with the 512-unit layer, is the
-    intermediate part.  878,538 parameters for three channels and ten classes, no buffers.
+    878,538 parameters for three channels and ten classes, no buffers.
     """
 
     def __init__(self, channels: int, num_classes: int):
         super().__init__()
         self.extractor = nn.Sequential(OrderedDict(
-            conv1=nn.Conv2d(channels, 32, 5),  # 32 -> 28
-            relu=nn.ReLU(inplace=True),
-            maxpool=nn.MaxPool2d(2),  # 28 -> 14
-        ))
+            conv1=nn.Conv2d(channels, 32, 5), relu=nn.ReLU(inplace=True),  # 32 -> 28
+            maxpool=nn.MaxPool2d(2)))  # 28 -> 14
         self.intermediate = nn.Sequential(OrderedDict(
-            conv2=nn.Conv2d(32, 64, 5),  # 14 -> 10
-            relu2=nn.ReLU(inplace=True),
-            maxpool=nn.MaxPool2d(2),  # 10 -> 5
-            flatten=nn.Flatten(),  # 64 * 5 * 5 = 1600
-            fc1=nn.Linear(1600, 512),
-            relu3=nn.ReLU(inplace=True),
-        ))
+            conv2=nn.Conv2d(32, 64, 5), relu2=nn.ReLU(inplace=True),  # 14 -> 10
+            maxpool=nn.MaxPool2d(2), flatten=nn.Flatten(),  # 10 -> 5, and 64 * 5 * 5 = 1600
+            fc1=nn.Linear(1600, 512), relu3=nn.ReLU(inplace=True)))
         self.classifier = nn.Sequential(OrderedDict(fc=nn.Linear(512, num_classes)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,10 +55,7 @@ class CNN(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut around them (He et al., 2016); torchvision's names.
-
-    downsample: the shortcut of a block that changes size or width, else None
-    """
+    """Two 3x3 convolutions and a shortcut, downsample if size or width change (He et al., 2016)."""
 
     def __init__(self, width_in: int, width: int, stride: int = 1,
                  downsample: nn.Module | None = None):
@@ -86,31 +74,27 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A ResNet of BasicBlocks with any depth, in FedIN's three parts (FedIN, Fig. 2).
+    """A ResNet of BasicBlocks, in FedIN's three parts (FedIN, Fig. 2).
 
+    blocks: number of BasicBlocks in each of the four stages
     Weights have torchvision's names behind the part's, so torchvision's ResNet18 can be loaded.
-    blocks: residual blocks in each of the four stages
     """
 
     def __init__(self, blocks: Sequence[int], channels: int, num_classes: int):
         super().__init__()
         self.extractor = nn.Sequential(OrderedDict(
             conv1=Conv2d(channels, 64, 7, stride=2, padding=3),  # 32 -> 16
-            bn1=nn.BatchNorm2d(64),
-            relu=nn.ReLU(inplace=True),
-            maxpool=nn.MaxPool2d(3, stride=2, padding=1),  # 16 -> 8
-        ))
+            bn1=nn.BatchNorm2d(64), relu=nn.ReLU(inplace=True),
+            maxpool=nn.MaxPool2d(3, stride=2, padding=1)))  # 16 -> 8
         self.intermediate = nn.Sequential(OrderedDict(
             layer1=resnet_stage(64, 64, blocks[0], stride=1),  # 8 x 8
             layer2=resnet_stage(64, 128, blocks[1], stride=2),  # 4 x 4
             layer3=resnet_stage(128, 256, blocks[2], stride=2),  # 2 x 2
-            layer4=resnet_stage(256, 512, blocks[3], stride=2),  # 1 x 1
-        ))
+            layer4=resnet_stage(256, 512, blocks[3], stride=2)))  # 1 x 1
         self.classifier = nn.Sequential(OrderedDict(
-            avgpool=nn.AdaptiveAvgPool2d(1),
-            flatten=nn.Flatten(),
-            fc=nn.Linear(512, num_classes),
-        ))
+            avgpool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(512, num_classes)))
+
+        # torchvision's initialisation of convolutions; all other layers keep torch's default.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -123,16 +107,14 @@ def resnet_stage(width_in: int, width: int, blocks: int, stride: int) -> nn.Sequ
     """One stage of a ResNet: BasicBlocks of one width; the first changes size and width."""
     shortcut = None
     if stride != 1 or width_in != width:
-        shortcut = nn.Sequential(Conv2d(width_in, width, 1, stride=stride),
-                                 nn.BatchNorm2d(width))
+        shortcut = nn.Sequential(Conv2d(width_in, width, 1, stride=stride), nn.BatchNorm2d(width))
     first = BasicBlock(width_in, width, stride, downsample=shortcut)
     return nn.Sequential(first, *(BasicBlock(width, width) for _ in range(blocks - 1)))
 
 
 # Values of --model: architecture -> constructor(channels, num_classes), small to large.
 RESNETS = {name: partial(ResNet, blocks) for name, blocks in RESNET_BLOCKS.items()}
-MODELS = {"cnn": {"cnn": CNN}, "resnets": RESNETS,
-          **{name: {name: constructor} for name, constructor in RESNETS.items()}}
+MODELS = {"cnn": {"cnn": CNN}, "resnets": RESNETS, **{net: {net: RESNETS[net]} for net in RESNETS}}
 
 
 def representation(model: nn.Module, x: Tensor) -> Tensor:
@@ -149,17 +131,14 @@ def representation(model: nn.Module, x: Tensor) -> Tensor:
 # - A scratch network for training is trimmed: its parameters hold these taps alone, so gradients,
 #   optimisers and proximal terms skip the others (more than half of ResNet18), which no gradient
 #   ever reaches.  state_dict() and load_state_dict() still speak of whole kernels.
-# So parameters of a trimmed network are smaller than the weights of the same name.  learnt_part
-# cuts weights to the size of the parameters; copy_parameters needs no cutting.
+# Parameters of a trimmed network are therefore smaller than the weights of the same name.
+# learnt_part cuts weights to the size of the parameters; copy_parameters needs no cutting.
 
 WHOLE = (slice(None),) * 4  # selects all of a convolution's weight (out, in, height, width)
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution without bias that does not multiply zero padding; see the remark above.
-
-    Weights, names and results are those of torch's convolution, but for rounding.
-    """
+    """A convolution without bias that skips zero padding; its results differ by rounding alone."""
 
     def __init__(self, width_in: int, width: int, size: int, stride: int = 1, padding: int = 0):
         super().__init__(width_in, width, size, stride=stride, padding=padding, bias=False)
@@ -189,6 +168,7 @@ class Conv2d(nn.Conv2d):
         return F.conv2d(x, weight, None, self.stride, padding)
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
+        # The whole kernel is kept for saving, the parameter holds its live taps.
         if self.trimmed_to != WHOLE:
             self.loaded = state_dict[prefix + "weight"]
             state_dict = state_dict | {prefix + "weight": self.loaded[self.trimmed_to]}
@@ -196,27 +176,26 @@ class Conv2d(nn.Conv2d):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Taps without gradient are saved as they were loaded.
         if self.trimmed_to != WHOLE:
             whole = self.loaded.detach().clone()
             whole[self.trimmed_to] = self.weight.detach()
             destination[prefix + "weight"] = whole
 
 
-@functools.cache
+@cache
 def live_taps(size: int, kernel: int, stride: int, padding: int) -> tuple[slice, int]:
     """Select the taps of a kernel, along one side, that meet a map, and give their padding.
 
-    The map has size pixels and padding zeros on either side.  Tap j meets pixel
-    i * stride + j - padding for the output's pixel i.
+    size: pixels of the map; for pixel i of the output, tap j meets pixel i * stride + j - padding
     """
     outputs = (size + 2 * padding - kernel) // stride + 1
     met = {j for i in range(outputs) for j in range(kernel) if 0 <= i * stride + j - padding < size}
-    if not met or len(met) == kernel:
-        return slice(None), padding
-    first, last = min(met), max(met)
-    before = padding - first
-    after = (outputs - 1) * stride + last - padding - (size - 1)
-    if not 0 <= before - after < stride:  # as much padding on both sides would give another size
+    first, last = min(met, default=0), max(met, default=0)
+    before, after = padding - first, (outputs - 1) * stride + last - padding - (size - 1)
+
+    # Padding as wide on both sides has to give an output of this size.
+    if not met or len(met) == kernel or not 0 <= before - after < stride:
         return slice(None), padding
     return slice(first, last + 1), before
 
@@ -250,11 +229,9 @@ def empty_network(make: Make, device: torch.device | str) -> nn.Module:
 
 
 def load_network(make: Make, weights: State) -> nn.Module:
-    """Build a network with these weights, on their device, in the layout that predicts fastest.
-
-    channels_last predicts 1.2 to 1.7 times as fast on a CPU.
-    """
+    """Build a network with these weights, on their device, to predict with."""
     device = next(iter(weights.values())).device
+    # On a CPU, channels_last predicts 1.2 to 1.7 times as fast.
     model = empty_network(make, device).to(memory_format=torch.channels_last)
     model.load_state_dict(weights)
     return model
@@ -265,14 +242,14 @@ def scratch_network(make: Make, image: Sequence[int], device: torch.device, *, o
                     ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Build a network without weights and its optimiser ("adam" or "sgd"), for client updates.
 
-    image: shape (C, H, W) of the images, the only one that the network then fits; see trimmed
+    image: shape (C, H, W), the only one that the network then fits (see trimmed)
     momentum, weight_decay: of SGD alone
-    The CNN is channels_last, which trains 1.24 times as fast on a CPU.  ResNets at batch 16 would
-    be slower (0.77).
     """
     with torch.device("meta"):
         model = trimmed(make(), image)
     model.to_empty(device=device)
+
+    # On a CPU, channels_last trains the CNN 1.24 times as fast, ResNets at batch 16 0.77 times.
     if isinstance(model, CNN):
         model = model.to(memory_format=torch.channels_last)
     if optimizer == "adam":
@@ -281,7 +258,7 @@ def scratch_network(make: Make, image: Sequence[int], device: torch.device, *, o
                                   weight_decay=weight_decay, fused=True)
 
 
-@functools.cache
+@cache
 def shapes(make: Make) -> State:
     """State dict of a network without content: names, shapes and types (meta tensors)."""
     return empty_network(make, torch.device("meta")).state_dict()
@@ -301,10 +278,9 @@ def drawing_from(rng: torch.Generator):
 
 
 def initial_weights(networks: Mapping[str, Make], rng: torch.Generator) -> dict[str, State]:
-    """Draw initial weights by architecture.  Architectures that share a layer share its tensors.
+    """Draw initial weights by architecture; tensors of layers in common are shared.
 
-    networks: architecture -> its builder, small to large
-    The last, largest network is drawn.  The others take the weights of the same names from it.
+    networks: architecture -> its builder, small to large; the last is drawn and contains the others
     """
     with drawing_from(rng):
         whole = networks[list(networks)[-1]]().state_dict()
@@ -330,10 +306,7 @@ def is_parameter(name: str) -> bool:
 
 
 def block_of(name: str) -> tuple[str, int, str] | None:
-    """Split the name of a weight in a residual block into (stage, block, rest), else None.
-
-    "intermediate.layer3.1.conv2.weight" is ("intermediate.layer3", 1, "conv2.weight").
-    """
+    """Split a name: "x.layer3.1.bn1.bias" is ("x.layer3", 1, "bn1.bias"); None outside blocks."""
     match = re.fullmatch(r"(.+\.layer\d)\.(\d+)\.(.+)", name)
     return match and (match[1], int(match[2]), match[3])
 
@@ -374,24 +347,21 @@ def num_bytes(payload: object) -> int:
 def average(old: State, uploads: Mapping[int, State], counts: Mapping[int, int]) -> State:
     """Average each weight over the clients that hold it: sum_k n_k y_k / sum_k n_k.
 
-    old: the weights to average into; one that no upload holds keeps its old value
+    old: current weights; one that no upload holds stays
     uploads: client id -> the weights it sent, any subset of old's names
-    counts: client id -> n_k, its number of training images (FedAvg; FedIN Eq. 2)
-    The sum runs in float64 in ascending client id and is cast back once; integers are truncated.
-    With integer n_k it is exact for equal uploads, so unchanged weights stay unchanged, a single
-    holder's weights pass through, and the order of arrival does not matter, bit for bit.
+    counts: client id -> n_k, its number of training images (FedAvg; FedIN, Eq. 2)
+    The float64 sum in ascending client id is cast back once; integers are truncated.  With integer
+    n_k it is exact for equal uploads, and no order of arrival matters, bit for bit.
     """
-    new = {}
+    new = dict(old)
     for name, tensor in old.items():
         holders = [k for k in sorted(uploads) if name in uploads[k]]
-        if not holders:
-            new[name] = tensor
-            continue
-        total = torch.zeros_like(tensor, dtype=torch.float64)
-        for k in holders:
-            total.add_(uploads[k][name], alpha=counts[k])
-        total /= sum(counts[k] for k in holders)
-        new[name] = total.to(tensor.dtype)
+        if holders:
+            total = torch.zeros_like(tensor, dtype=torch.float64)
+            for k in holders:
+                total.add_(uploads[k][name], alpha=counts[k])
+            total /= sum(counts[k] for k in holders)
+            new[name] = total.to(tensor.dtype)
     return new
 
 
@@ -399,10 +369,8 @@ def layerwise_average(weights: Mapping[str, State], uploads: Mapping[int, State]
                       counts: Mapping[int, int], *, rule: Callable = average) -> dict[str, State]:
     """Average layers of the same name across architectures (FedIN, Sec. 4.4).
 
-    weights: architecture -> its current weights; tensors of one name are equal in all of them,
-        before and after
+    weights: architecture -> its weights; tensors of one name are equal in all, before and after
     rule: makes new weights from (old, uploads, counts), as average does
-    For a single architecture it is FedAvg's average.
     """
     whole = {name: tensor for state in weights.values() for name, tensor in state.items()}
     new = rule(whole, uploads, counts)
@@ -412,11 +380,7 @@ def layerwise_average(weights: Mapping[str, State], uploads: Mapping[int, State]
 def per_architecture_average(weights: Mapping[str, State], uploads: Mapping[int, State],
                              counts: Mapping[int, int], *,
                              rule: Callable = average) -> dict[str, State]:
-    """Average within each architecture, nothing shared between them (FedIN, Table 3).
-
-    An upload belongs to the architecture whose weights have the same names.
-    rule: see layerwise_average
-    """
+    """Average within each architecture, the one whose names an upload has (FedIN, Table 3)."""
     new = {}
     for arch, state in weights.items():
         sent = {k: upload for k, upload in uploads.items() if upload.keys() == state.keys()}
@@ -426,31 +390,23 @@ def per_architecture_average(weights: Mapping[str, State], uploads: Mapping[int,
 
 @torch.no_grad()
 def interpolate(start: State, end: State, weight: float) -> State:
-    """(1 - weight) start + weight end, for each weight by name; integers are truncated.
-
-    The result is exact at 0, at 1, and for equal start and end.
-    """
+    """(1 - weight) start + weight end by name, exact at 0, 1, for equal ends; integers truncate."""
     return {name: torch.lerp(tensor.double(), end[name].double(), weight).to(tensor.dtype)
             for name, tensor in start.items()}
 
 
 def release_freed_memory() -> None:
-    """Have the C library return freed memory to the system.
-
-    Kept tensors lie scattered among freed ones.  With SCAFFOLD's variates of 65 clients and the
-    five ResNets, 2.4 of 8.5 GB were of no use.
-    """
-    try:
+    """Have the C library return freed memory to the system."""
+    # Kept tensors lie scattered among freed ones.  With SCAFFOLD's variates of 65 clients and the
+    # five ResNets, 2.4 of 8.5 GB were of no use.
+    with suppress(OSError, TypeError, AttributeError):  # a C library other than glibc's
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, TypeError, AttributeError):  # a C library other than glibc's
-        pass
 
 
 # --------------------------------------------------------------------------------------- prediction
 
 @torch.no_grad()
-def predict_logits(model: nn.Module, images: Tensor,
-                   prepare: Callable[[Tensor], Tensor]) -> Tensor:
+def predict_logits(model: nn.Module, images: Tensor, prepare: Callable[[Tensor], Tensor]) -> Tensor:
     """Logits (N, classes) of a network in evaluation mode for uint8 images (N, C, H, W)."""
     model.eval()
     # All logits in one tensor: kept apart, those of each batch would lie among the large freed
@@ -473,18 +429,17 @@ def predict(model: nn.Module, images: Tensor, prepare: Callable[[Tensor], Tensor
 def collect_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Give static batch normalisation the statistics to predict with, in place (HeteroFL).
 
-    They are the means over batches of the network's inputs (B, C, H, W), as in training.  Layers
-    that keep running statistics, and networks without static layers, stay as they are.
+    They are means over batches of inputs (B, C, H, W).  All other layers stay as they are.
     """
     layers = [layer for layer in model.modules()
               if isinstance(layer, nn.BatchNorm2d) and layer.running_mean is None]
     if not layers:
         return
 
-    # Static layers learn plain means over the batches; all other layers predict.
+    # Static layers learn plain means over batches, as in training; all other layers predict.
     model.eval()
     for layer in layers:
-        layer.track_running_stats, layer.momentum = True, None  # None: the plain mean over batches
+        layer.track_running_stats, layer.momentum = True, None  # None: a plain mean
         layer.running_mean = torch.zeros_like(layer.weight)
         layer.running_var = torch.ones_like(layer.weight)
         layer.num_batches_tracked = torch.zeros((), dtype=torch.int64)

@@ -1,7 +1,6 @@
 """Partitions: training and test images per client, and the images of the server.
 
-In reading order: a data set split among clients (split_data); the images in use; the partitions;
-the test shares.  Partitions return the indices (n_k,) of each client's images, ascending.
+Partitions return the indices (n_k,) of each client's images, ascending.
 """
 
 from collections.abc import Callable, Mapping
@@ -47,17 +46,15 @@ def split_data(whole: Dataset, num_clients: int, seed: int, *, train_images: int
     train_images, proxy: see choose_images and proxy_images
     test_images: size of a class-balanced subset of the test images; None: all
     partition: "iid"; "dirichlet", which reads alpha; "pathological", which reads classes_per_client
-    missing_classes: None, or AP-FL's dropout setting in place of a partition, which reads
-        classes_per_client, see partition_dropout.  Images of dropout clients are not used at all,
-        not even for the statistics
+    missing_classes: None, or AP-FL's dropout setting in place of a partition, see
+        partition_dropout.  Images of dropout clients are not used, not even for the statistics
     Raises ValueError if no such split exists, or if a client gets fewer than two images.
     """
     # Images in use
-    chosen, *server_rows = choose_images(whole.y_train, seed, train_images=train_images,
-                                         proxy=proxy)
+    rows, *server_rows = choose_images(whole.y_train, seed, train_images=train_images, proxy=proxy)
     data = whole
-    if len(chosen) < len(whole.y_train):
-        data = data._replace(x_train=whole.x_train[chosen], y_train=whole.y_train[chosen])
+    if len(rows) < len(whole.y_train):
+        data = data._replace(x_train=whole.x_train[rows], y_train=whole.y_train[rows])
     if test_images is not None:
         rows = balanced_subset(whole.y_test, test_images, numpy_stream(seed, TEST_SUBSET), "test")
         data = data._replace(x_test=whole.x_test[rows], y_test=whole.y_test[rows])
@@ -72,19 +69,18 @@ def split_data(whole: Dataset, num_clients: int, seed: int, *, train_images: int
     seen = data.y_train[participating].unique().tolist()
     held = data.y_train[torch.cat(parts)].unique().tolist()
 
-    # Images of the server
-    proxy_part, validation = draw_server_images(whole, server_rows, seen, proxy, seed)
+    unseen = [label for label in held if label not in seen]
 
-    return Split(data=data, parts=parts, test_shares=test_shares, dropouts=dropouts, seen=seen,
-                 unseen=[label for label in held if label not in seen],
-                 statistics=channel_statistics(data.x_train, participating),
-                 proxy=proxy_part, validation=validation)
+    # Statistics, and images of the server
+    return Split(data, parts, test_shares, dropouts, seen, unseen,
+                 channel_statistics(data.x_train, participating),
+                 *draw_server_images(whole, server_rows, seen, proxy, seed))
 
 
 def draw_parts(labels: Tensor, num_clients: int, rng: np.random.Generator, partition: str,
                alpha: float | None, classes_per_client: int | None,
                missing_classes: float | None) -> tuple[list[Tensor], list[int]]:
-    """Draw the training images of each client and the clients that drop out, as in split_data."""
+    """Draw the training images per client and the clients that drop out, see split_data."""
     if len(labels) < 2 * num_clients:
         raise ValueError(f"{len(labels)} training images cannot give each of {num_clients} clients "
                          "the two that it needs: use fewer --clients or more images")
@@ -102,22 +98,19 @@ def draw_parts(labels: Tensor, num_clients: int, rng: np.random.Generator, parti
         parts = partition_pathological(labels, num_clients, classes_per_client, rng)
 
     # Batch normalisation cannot train on a single image.
-    for client, part in enumerate(parts):
-        if len(part) < 2:
-            raise ValueError(f"this partition leaves client {client} with {len(part)} images, and "
-                             "each needs two: use fewer --clients or more images")
+    if min(len(part) for part in parts) < 2:
+        raise ValueError("this partition leaves a client with fewer than two images: use fewer "
+                         "--clients or more images")
     return parts, dropouts
 
 
 def draw_server_images(whole: Dataset, server_rows: list[Tensor], seen: list[int],
                        proxy: str | None, seed: int) -> tuple:
-    """Images of the server: unlabelled ones, and (images, labels) to validate with, or None each.
-
-    server_rows: indices of held-out and of validation images, from choose_images
-    seen: classes that participants hold; no image of another class may reach the server
-    """
+    """Proxy and validation images of Split, or None each, from the server_rows of choose_images."""
     if proxy is None:
         return None, None
+
+    # No image of a class that participants lack may reach the server.
     held_out, validation = (rows[torch.isin(whole.y_train[rows], torch.tensor(seen))]
                             for rows in server_rows)
     return (proxy_images(proxy, whole, held_out, seed),
@@ -125,10 +118,7 @@ def draw_server_images(whole: Dataset, server_rows: list[Tensor], seen: list[int
 
 
 def server_images(split: Split) -> dict[str, ClientData]:
-    """Images of the server in the form that clients' images have: "proxy" and "validation".
-
-    Empty for a server without images.  The labels of "proxy" are zeros without a meaning.
-    """
+    """Images of the server as clients have theirs: "proxy", labelled zero, and "validation"."""
     if split.proxy is None:
         return {}
     prepare = preparation(split.statistics)
@@ -149,14 +139,12 @@ def network_input(split: Split) -> dict:
 
 def choose_images(labels: Tensor, seed: int, *, train_images: int | None = None,
                   proxy: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose the training images of the clients, and two parts for the server.
+    """Choose the images of the clients, and those of the server to distil on and validate with.
 
     train_images: size of a class-balanced subset for the clients; None: all images
-    proxy: None: no images for the server.  Else it gets validation images, and for "holdout" also
-        images to distil on.  Both come from the images that the subset leaves over.  If these are
-        too few, the clients give up images until each part is SERVER_SHARE of theirs
-    Returns indices: the clients' images, those to distil on, and those to validate with.
-    Raises ValueError if there are fewer images than train_images.
+    proxy: None: no images for the server, "holdout": both parts, else no images to distil on.  Both
+        come from the images that the subset leaves over.  If these are too few, the clients give up
+        images until each part is SERVER_SHARE of theirs
     """
     chosen = torch.arange(len(labels))
     if train_images is not None:
@@ -203,8 +191,7 @@ def balanced_subset(labels: Tensor, count: int, rng: np.random.Generator,
                     part: str = "train") -> Tensor:
     """Draw indices (count,) of a subset with class counts as equal as the labels allow.
 
-    part: "train" or "test", for the error message
-    Raises ValueError if there are fewer labels than count.
+    Raises ValueError if there are fewer labels than count; part: "train" or "test", named there.
     """
     if count > len(labels):
         raise ValueError(f"--{part}-images {count} is more than the {len(labels)} "
@@ -212,14 +199,13 @@ def balanced_subset(labels: Tensor, count: int, rng: np.random.Generator,
 
     # Rank of each image among the shuffled images of its class
     order = rng.permutation(len(labels))
-    rank = np.empty(len(labels), dtype=np.int64)
     shuffled = labels.numpy()[order]
+    rank = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(shuffled):
-        members = order[shuffled == label]
-        rank[members] = np.arange(len(members))
+        rank[shuffled == label] = np.arange((shuffled == label).sum())
 
     # The first images of all classes, then the second ones, ...
-    by_rank = order[np.argsort(rank[order], kind="stable")]
+    by_rank = order[np.argsort(rank, kind="stable")]
     return torch.from_numpy(np.sort(by_rank[:count]))
 
 
@@ -235,44 +221,32 @@ def partition_dirichlet(labels: Tensor, num_clients: int, alpha: float, rng: np.
                         *, minimum: int = MIN_IMAGES, redraws: int = MAX_REDRAWS) -> list[Tensor]:
     """Split each class among the clients in proportions drawn from a symmetric Dirichlet(alpha).
 
-    A smaller alpha is a stronger skew.  The usual non-IID split (Lin et al., FedDF, NeurIPS 2020;
-    FedIN Sec. 5.1).  The whole split is redrawn until every client has at least minimum images.
-    Raises ValueError if that takes more than redraws draws.
+    The usual non-IID split (Lin et al., FedDF, NeurIPS 2020; FedIN Sec. 5.1); a smaller alpha is a
+    stronger skew.  Redrawn until each client has minimum images; ValueError after redraws draws.
     """
-    # Ends of the clients' ranges within each class, (classes, clients)
-    counts = labels.bincount().numpy()
-    is_possible = len(labels) >= minimum * num_clients
-    for _ in range(redraws if is_possible else 0):
-        shares = rng.dirichlet(np.full(num_clients, alpha), size=len(counts))
-        ends = np.rint(shares.cumsum(axis=1) * counts[:, None]).astype(np.int64)
-        ends[:, -1] = counts  # exact, whatever the rounding in the cumulative sum
-        if np.diff(ends, axis=1, prepend=0).sum(axis=0).min() >= minimum:
-            break
-    else:
-        raise ValueError(f"no Dirichlet({alpha:g}) split of {len(labels)} images gives each of "
-                         f"{num_clients} clients at least {minimum}: use fewer clients, more "
-                         "images or a larger --alpha")
+    sizes = labels.bincount().numpy()
+    for _ in range(redraws if len(labels) >= minimum * num_clients else 0):
+        # Ends of the clients' ranges within each class, (classes, clients)
+        shares = rng.dirichlet(np.full(num_clients, alpha), size=len(sizes))
+        ends = np.rint(shares.cumsum(axis=1) * sizes[:, None]).astype(np.int64)
+        ends[:, -1] = sizes  # exact, whatever the rounding in the cumulative sum
+        counts = np.diff(ends, axis=1, prepend=0)
+        if counts.sum(axis=0).min() >= minimum:
+            return cut_classes(labels, counts, rng)
 
-    # Images of each class, shuffled and cut there
-    parts = [[] for _ in range(num_clients)]
-    for label, cuts in enumerate(ends):
-        members = rng.permutation(np.flatnonzero(labels.numpy() == label))
-        for part, piece in zip(parts, np.split(members, cuts[:-1])):
-            part.append(piece)
-    return [torch.from_numpy(np.sort(np.concatenate(part))) for part in parts]
+    raise ValueError(f"no Dirichlet({alpha:g}) split of {len(labels)} images gives {num_clients} "
+                     f"clients {minimum} each: use fewer clients, more images or a larger --alpha")
 
 
 def partition_pathological(labels: Tensor, num_clients: int, classes_per_client: int,
                            rng: np.random.Generator) -> list[Tensor]:
     """Give each client classes_per_client classes; the holders of a class share it equally.
 
-    Images of a class without a holder are left out, see assign_classes.
-    Raises ValueError if classes_per_client exceeds the number of classes.
+    Images of a class without a holder are left out.  Raises ValueError if there are fewer classes.
     """
     num_classes = int(labels.max()) + 1
     if classes_per_client > num_classes:
-        raise ValueError(f"--classes-per-client {classes_per_client} is more than the "
-                         f"{num_classes} classes there are")
+        raise ValueError(f"--classes-per-client must not be more than the {num_classes} classes")
     holders = assign_classes(num_classes, num_clients, classes_per_client, rng)
     return deal_classes(labels, holders, num_clients, rng)
 
@@ -281,12 +255,9 @@ def partition_dropout(labels: Tensor, num_clients: int, missing: float, classes_
                       rng: np.random.Generator) -> tuple[list[Tensor], list[int]]:
     """Split for AP-FL's dropout setting: gamma classes per client, and the last clients drop out.
 
-    missing: share of the C classes that participants lack (MC in the paper's Table 3).  The last
-        round(missing C) classes are missing, at least one
-    classes_per_client: gamma
+    missing: share of the classes, the last ones, that participants lack (MC in Table 3)
     As few clients drop out as can hold the missing classes, the last ones by id.  Their other
-    places go to the classes before.  Participants share all classes but the missing ones, as in
-    partition_pathological.
+    places go to the classes before.  Participants share the rest as in partition_pathological.
     Returns the parts and the ids of the dropout clients.  Ten clients, ten classes, gamma 2 and a
     share of 0.2 give the paper's Table 1: client 9 alone holds classes 8 and 9.
     Raises ValueError if too few classes or clients are left.
@@ -301,40 +272,28 @@ def partition_dropout(labels: Tensor, num_clients: int, missing: float, classes_
                          f"classes to {max(0, num_participants)} of {num_clients} clients: at "
                          "least two classes and one client must take part")
     if classes_per_client > num_seen:
-        raise ValueError(f"a client cannot hold {classes_per_client} of the {num_seen} classes "
-                         f"that --missing-classes {missing:g} leaves to those who take part: give "
-                         f"--classes-per-client {num_seen} or less")
+        raise ValueError(f"with --missing-classes give --classes-per-client {num_seen} or less")
 
     # Holders of each class: participants, then dropout clients from the last class downwards
     holders = assign_classes(num_seen, num_participants, classes_per_client, rng)
     holders += [[] for _ in range(num_missing)]
-    dropouts = list(range(num_participants, num_clients))
-    for place, client in enumerate(reversed(dropouts)):
-        end = num_classes - place * classes_per_client
-        for label in range(end - classes_per_client, end):
-            holders[label].append(client)
-    return deal_classes(labels, holders, num_clients, rng), dropouts
+    for place in range(num_dropouts * classes_per_client):
+        holders[num_classes - 1 - place].append(num_clients - 1 - place // classes_per_client)
+    return deal_classes(labels, holders, num_clients, rng), [*range(num_participants, num_clients)]
 
 
 def classes_each(num_classes: int, missing: float | None) -> int:
-    """Default of gamma, the number of classes per client: 2, in the dropout setting ceil(C / 5).
-
-    missing: see partition_dropout; None outside the dropout setting
-    Ten clients of two classes each (the paper's Table 1) could not hold a hundred classes.
-    """
+    """Default of gamma, classes per client: 2, or in the dropout setting max(2, ceil(C / 5))."""
+    # Ten clients of two classes each (the paper's Table 1) could not hold a hundred classes.
     return 2 if missing is None else max(2, -(-num_classes // 5))
 
 
 def assign_classes(num_classes: int, num_clients: int, classes_per_client: int,
                    rng: np.random.Generator) -> list[list[int]]:
-    """Draw the clients that hold each class: class -> client ids.
-
-    Each client in turn takes the classes with the fewest holders so far, ties at random.  Every
-    class therefore has a holder if there are enough places.
-    """
+    """Draw the client ids that hold each class, at least one if there are enough places."""
     holders = [[] for _ in range(num_classes)]
     for client in range(num_clients):
-        # lexsort sorts by its last key, and breaks ties by the random first key.
+        # Classes with the fewest holders, the last key, come first; the random key breaks ties.
         fewest_first = np.lexsort((rng.random(num_classes), [len(clients) for clients in holders]))
         for label in fewest_first[:classes_per_client]:
             holders[label].append(client)
@@ -344,11 +303,21 @@ def assign_classes(num_classes: int, num_clients: int, classes_per_client: int,
 def deal_classes(labels: Tensor, holders: list[list[int]], num_clients: int,
                  rng: np.random.Generator) -> list[Tensor]:
     """Share the images of each class equally among the clients that hold it."""
-    parts = [[np.empty(0, dtype=np.int64)] for _ in range(num_clients)]
-    for label, clients in enumerate(holders):
+    counts = np.zeros((len(holders), num_clients), dtype=np.int64)
+    for row, clients, size in zip(counts, holders, labels.bincount().tolist()):
+        each, rest = divmod(size, max(1, len(clients)))
+        row[clients] = each
+        row[clients[:rest]] += 1
+    return cut_classes(labels, counts, rng)
+
+
+def cut_classes(labels: Tensor, counts: np.ndarray, rng: np.random.Generator) -> list[Tensor]:
+    """Draw the images of each client, given their counts (classes, clients)."""
+    parts = [[] for _ in counts.T]
+    for label, ends in enumerate(counts.cumsum(axis=1)):
         members = rng.permutation(np.flatnonzero(labels.numpy() == label))
-        for client, piece in zip(clients, np.array_split(members, max(1, len(clients)))):
-            parts[client].append(piece)
+        for part, piece in zip(parts, np.split(members, ends)):
+            part.append(piece)
     return [torch.from_numpy(np.sort(np.concatenate(part))) for part in parts]
 
 
@@ -356,28 +325,21 @@ def share_test(test_labels: Tensor, train_labels: Tensor, parts: list[Tensor],
                rng: np.random.Generator) -> list[Tensor]:
     """Share the test images in proportion to the clients' training images of each class.
 
-    Rounded by largest remainders, ties to the lower id.  Test images of a class that no client
-    holds are left out.
-    Returns the indices of each client's test images, ascending, possibly none.
+    Rounded by largest remainders, ties to the lower id.  Shares may be empty, and test images of a
+    class that no client holds are left out.
     """
-    # Training images per client and class
+    # Training images per class and client
     num_classes = int(max(test_labels.max(), train_labels.max())) + 1
-    held = np.stack([train_labels[part].bincount(minlength=num_classes).numpy() for part in parts])
+    held = np.stack([train_labels[part].bincount(minlength=num_classes) for part in parts], axis=1)
 
-    # Test images of each class, shuffled and cut
-    shares = [[np.empty(0, dtype=np.int64)] for _ in parts]
-    for label in range(num_classes):
-        members = rng.permutation(np.flatnonzero(test_labels.numpy() == label))
-        total = held[:, label].sum()
-        if total == 0:
-            continue
-
-        # Rounded down first, then one more image for the largest remainders
-        counts, remainder = np.divmod(held[:, label] * len(members), total)
-        counts[np.argsort(-remainder, kind="stable")[:len(members) - counts.sum()]] += 1
-        for share, piece in zip(shares, np.split(members, counts.cumsum()[:-1])):
-            share.append(piece)
-    return [torch.from_numpy(np.sort(np.concatenate(share))) for share in shares]
+    # Test images, rounded down first, then one more for the largest remainders
+    counts = np.zeros_like(held)
+    sizes = test_labels.bincount(minlength=num_classes).tolist()
+    for row, weights, size in zip(counts, held, sizes):
+        if weights.any():
+            row[:], remainder = np.divmod(weights * size, weights.sum())
+            row[np.argsort(-remainder, kind="stable")[:size - row.sum()]] += 1
+    return cut_classes(test_labels, counts, rng)
 
 
 # ---------------------------------------------------------------------------------- settings, flags
@@ -395,8 +357,7 @@ def split_by_settings(whole: Dataset, settings: Mapping[str, Any]) -> Split:
 def add_arguments(add: Callable, number: Callable) -> None:
     """Add the flags on data; see run.parser for add and number."""
     add("--train-images", type=number(int, 1), help="use only N training images (class-balanced)")
-    add("--test-images", type=number(int, 1), help="use only N test images (class-balanced), for "
-        "faster evaluation")
+    add("--test-images", type=number(int, 1), help="use only N test images (class-balanced)")
     add("--partition", choices=["iid", "dirichlet", "pathological"], help="split of the training "
         f"images among clients (default: dirichlet, at least {MIN_IMAGES} images per client)")
     add("--alpha", type=number(float, above=0), help="dirichlet: smaller is more skewed (AP-FL: "

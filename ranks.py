@@ -1,8 +1,8 @@
 """Several processes of one run: `torchrun --nproc-per-node 4 run.py ...`.
 
-torchrun starts a process, a rank, per GPU or share of cores.  All ranks hold the same state.  Work
-that one rank does for all passes through on_rank: reading files, training a client or at the
-server, predictions.  The first rank alone prints and writes.  Without torchrun there is one rank.
+torchrun starts a rank (process) per GPU or share of cores; without it there is one.  All ranks hold
+the same state.  Whatever one rank does for all passes through on_rank: reading files, training,
+predictions.  The first rank alone prints and writes.
 """
 
 import os
@@ -46,15 +46,12 @@ def join() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         return
     global _store
-
     # A GPU per rank of this machine
-    _store, rank, world_size = next(dist.rendezvous("env://"))
+    _store, rank, size = next(dist.rendezvous("env://"))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-
     # gloo on GPUs too: NCCL would block the GPU of a waiting rank, whose threads train clients.
-    dist.init_process_group("gloo", store=_store, rank=rank, world_size=world_size,
-                            timeout=PATIENCE)
+    dist.init_process_group("gloo", store=_store, rank=rank, world_size=size, timeout=PATIENCE)
     signal.signal(signal.SIGTERM, end)
     if rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
@@ -99,8 +96,7 @@ def on_rank(rank: int, work: Callable[[], Any], device: str = "cpu") -> Any:
     """Call work() on one rank alone, and return or raise its outcome on all ranks.
 
     device: device of the tensors in the outcome on this rank
-    Every rank has to make the same calls in the same order.
-    Raises ConnectionError if another rank has ended.
+    Every rank makes the same calls in the same order.  Raises ConnectionError if one has ended.
     """
     if count() == 1:
         return work()
@@ -111,10 +107,10 @@ def on_rank(rank: int, work: Callable[[], Any], device: str = "cpu") -> Any:
         try:
             result = work()
             outcome = [on_device(result, "cpu")]
-        # Told to end: no other rank still listens.
-        except ConnectionError:
-            raise
         except Exception as error:
+            # Told to end: no other rank still listens.
+            if isinstance(error, ConnectionError):
+                raise
             outcome = [portable(error)]
 
     # Its outcome, for the other ranks
@@ -155,8 +151,7 @@ def leave() -> None:
 def end(*_: object) -> NoReturn:
     """Handle SIGTERM, which torchrun sends if another rank dies: end in an orderly way.
 
-    The handler waits while this rank waits for a broadcast.  The rank that works for the broadcast
-    does not wait, so it ends first, and the broadcast fails.
+    The handler waits during a broadcast, which fails once the rank that works for it has ended.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise ConnectionError(f"{ENDED} (SIGTERM)")

@@ -34,8 +34,9 @@ import pictures
 import ranks
 import widths
 from evaluation import evaluate, final_metrics
-from federation import (SPEED_SPREAD, Experiment, Method, Task, draw_participants, first_server,
-                        num_participants, prepare_experiment, traffic, train_clients, train_server)
+from federation import (SPEED_SPREAD, Experiment, Method, Task, describe, draw_participants,
+                        first_server, num_participants, prepare_experiment, traffic,
+                        train_clients, train_server)
 from files import Progress
 from settings import (MACHINE, RECORDED, check_combination, command_line, implied_flags, num_cores,
                       read_settings, typed_as)
@@ -45,7 +46,7 @@ from settings import (MACHINE, RECORDED, check_combination, command_line, implie
 METHODS: dict[str, Method] = {**baselines.METHODS, **widths.METHODS, **fedgen.METHODS,
                               **fedin.METHODS, **apfl.METHODS}
 
-# What --setting fills in: a run of a minute on digits, and the settings of the two papers
+# Defaults by --setting: a run of a minute on digits, and the settings of the two papers
 SETTINGS = {
     "quick": {
         "clients": 10, "participation": 0.5, "rounds": 10, "local_epochs": 1, "batch_size": 16,
@@ -132,8 +133,8 @@ def parser() -> argparse.ArgumentParser:
 
     add = top.add_argument_group("machine and files").add_argument
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add("--workers", type=number(int, 1, 1024), help="clients trained at a time (default: number of "
-        "cores, on a GPU 1, at most the clients per round)")
+    add("--workers", type=number(int, 1, 1024), help="clients trained at a time (default: number "
+        "of cores, on a GPU 1, at most the clients per round)")
     add("--threads", type=number(int, 1, 1024), help="intra-op threads per worker (default: 1)")
     add("--amp", action="store_true", help="train clients in bfloat16; weights stay float32")
     add("--out", metavar="DIR", help="folder of the run (default: runs/METHOD-DATASET-SEED)")
@@ -153,10 +154,10 @@ def settings_table() -> str:
              for name in SETTINGS["quick"]]
     quick = ", ".join(f"{typed_as(name)} {value}" for name, value in baselines.QUICK_APFL.items())
     names = [name for name, method in METHODS.items() if "setting" in method.defaults]
+    notes = f"{', '.join(names)} have the setting apfl, and in quick {quick}."
     return "\n".join(["defaults by --setting:",
                       *("  " + "".join(f"{cell:18}" for cell in row).rstrip() for row in rows),
-                      *textwrap.wrap(f"{', '.join(names)} have the setting apfl, and in quick {quick}.",
-                                     76), "A flag that a run does not read is an error."])
+                      *textwrap.wrap(notes, 76), "A flag that a run does not read is an error."])
 
 
 def raise_usage_error(message: str) -> NoReturn:
@@ -237,9 +238,11 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
     split, progress = models.on_device((split, progress), settings["device"])
     experiment = prepare_experiment(METHODS[settings["method"]], settings, split)
 
-    describe(experiment, progress.server, out)
-    if resume:
-        print(f"resuming after round {progress.round}\n", flush=True)
+    print(describe(experiment, progress.server))
+    if settings["setting"] != "quick" and settings["device"] == "cpu":
+        print("on a CPU the papers' full settings take many hours; --setting quick is a small one")
+    print(f"output: {out}\n" + (f"resuming after round {progress.round}\n" if resume else ""),
+          flush=True)
     return experiment, progress, history, out
 
 
@@ -285,6 +288,9 @@ def continue_from(out: Path, saved: Progress, first: Progress, experiment: Exper
 
     first: progress before round 1
     """
+    # A(y) of AP-FL is no part of the rounds.
+    if "semantics" in first.server:
+        saved = saved._replace(server={"semantics": first.server["semantics"], **saved.server})
     memory = experiment.method.initial_memory
     pattern = first._replace(memory={} if memory is None else {
         client.id: memory(first.server, client) for client in experiment.clients})
@@ -294,51 +300,12 @@ def continue_from(out: Path, saved: Progress, first: Progress, experiment: Exper
     if saved.round < experiment.settings["rounds"]:
         saved = saved._replace(stage_results={})
 
-    # Checkpoints keep A(y) of AP-FL.  A file that is named anew has to agree.
+    # The checkpoint's A(y) counts, and a file that is named anew has to agree.
     for name in typed.keys() & {"semantics", "word_vectors"}:
-        kept = saved.server.get("semantics", first.server["semantics"])
-        if not torch.equal(kept, first.server["semantics"]):
-            raise ValueError(f"{typed_as(name)} {typed[name]} is not what this run began with: pass "
-                             "its location, or start a new run with another --out")
-    return saved._replace(server={**first.server, **saved.server})
-
-
-def describe(experiment: Experiment, server: dict, out: Path) -> None:
-    """Print the run that is about to start."""
-    settings, dataset = experiment.settings, experiment.data
-    channels, height, width = dataset.x_train.shape[1:]
-    participants = len(draw_participants(experiment, 1))
-    print(f"{settings['method']} on {settings['dataset']}: {len(dataset.y_train):,} training and "
-          f"{len(dataset.y_test):,} test images of {height}x{width}x{channels}, "
-          f"{len(dataset.classes)} classes")
-    print(f"{settings['rounds']} rounds with {participants} of {settings['clients']} clients, "
-          f"{settings['workers']} workers on {settings['device']}"
-          + (f" in each of {ranks.count()} processes" if ranks.count() > 1 else ""))
-    print(textwrap.fill(", ".join(f"{name} {value}" for name, value in settings.items()
-                                  if name not in RECORDED and value is not None), 100,
-                        break_on_hyphens=False))
-    print(pictures.partition_table(
-        [dataset.y_train[client.indices].bincount(minlength=len(dataset.classes)).tolist()
-         for client in experiment.clients], [client.arch for client in experiment.clients],
-        dataset.classes, [dataset.classes[label] for label in experiment.unseen],
-        experiment.dropouts))
-
-    # Sizes
-    if settings.get("proxy"):
-        held = experiment.method.distil.keywords
-        print(f"the server holds {len(held['proxy'].images):,} unlabelled images "
-              f"({settings['proxy']}) and {len(held['validation'].images):,} labelled ones")
-    for arch, make in experiment.networks.items():
-        state = models.shapes(make)
-        size = sum(tensor.numel() for name, tensor in state.items() if models.is_parameter(name))
-        print(f"{arch}: {size:,} parameters, {models.num_bytes(state) / 1e6:.2f} MB with buffers")
-    download = sum(models.num_bytes(experiment.method.download(
-        server, client, data.streams(settings["seed"], 0, client.id)))
-        for client in experiment.clients) / len(experiment.clients)
-    print(f"traffic: about {download * participants / 1e6:.0f} MB each way per round")
-    if settings["setting"] != "quick" and settings["device"] == "cpu":
-        print("on a CPU the papers' full settings take many hours; --setting quick is a small one")
-    print(f"output: {out}\n", flush=True)
+        if not torch.equal(saved.server["semantics"], first.server["semantics"]):
+            raise ValueError(f"{typed_as(name)} {typed[name]} is not what this run began with: "
+                             "pass its location, or start a new run with another --out")
+    return saved
 
 
 # ---------------------------------------------------------------------------------------- one round
@@ -446,7 +413,7 @@ def train_rounds(experiment: Experiment, progress: Progress, history: list[dict]
     return progress
 
 
-# -------------------------------------------------------------------- after the last round, and main
+# ------------------------------------------------------------------ after the last round, and main
 
 def save_stages(out: Path, progress: Progress, done: dict) -> dict:
     """Keep the outcomes of the stages after the last round that are done, and return them."""

@@ -1,7 +1,4 @@
-"""The semantics A(y) of AP-FL's generator (Eq. 11): an embedding per class name.
-
-In reading order: choice of a source, table and files, text encoders.
-"""
+"""The semantics A(y) of AP-FL's generator (Eq. 11): an embedding per class name."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -34,8 +31,7 @@ def load_semantics(classes: Sequence[str], *, semantics: str, dataset: str = "",
 
     semantics: one of SEMANTICS, or the path of an .npz file with classes and embeddings
     dataset, data_dir: name of the data set and folder, for the prompt and cache of a text encoder
-    word_vectors: text file for word2vec
-    Raises ValueError, with a message of one line that says what to do.
+    word_vectors: text file for word2vec.  Raises ValueError, whose message says what to do.
     """
     if semantics == "onehot":
         embeddings = np.eye(len(classes))
@@ -80,10 +76,7 @@ def segment_table(classes: Sequence[str]) -> np.ndarray:
 
 
 def read_embeddings(path: str | Path, classes: Sequence[str]) -> np.ndarray:
-    """Embeddings (classes, d_A) from an .npz with `classes` (names, in any order) and `embeddings`.
-
-    Classes are matched by name.  Raises ValueError with one line that names the file.
-    """
+    """Embeddings (classes, d_A) of an .npz file, by class name; a bad file raises ValueError."""
     # Reading
     if not str(path).lower().endswith(".npz"):
         raise ValueError(f"unknown semantics '{path}': choose one of {', '.join(SEMANTICS)}, or "
@@ -119,8 +112,7 @@ def read_embeddings(path: str | Path, classes: Sequence[str]) -> np.ndarray:
 def read_word_vectors(path: str | None, classes: Sequence[str]) -> np.ndarray:
     """Mean word vectors (classes, d_A) over the words of each class name, from a text file.
 
-    path: lines of a word and its numbers, as written by GloVe or word2vec (after a line of counts)
-    Raises ValueError if the file cannot be read or lacks a word.
+    path: lines of a word and its numbers (GloVe, word2vec).  Raises ValueError on a missing word.
     """
     if path is None:
         raise ValueError("--semantics word2vec reads a text file: name it by --word-vectors FILE")
@@ -178,8 +170,6 @@ def encode_with_cache(encode: Callable[[list[str]], np.ndarray], classes: Sequen
             embeddings = encode(texts)
     finally:
         logging.disable(logging.NOTSET)
-
-    # Cache for later runs
     write_cache(cache, lambda path: write_atomically(path, lambda file: np.savez(
         file, classes=np.array(texts), embeddings=embeddings)))
     return embeddings
@@ -189,9 +179,8 @@ def clip_embeddings(texts: list[str], *, weights: str = "openai",
                     name: str = "ViT-B-32-quickgelu") -> np.ndarray:
     """CLIP text embeddings of unit length, (texts, 512) for ViT-B/32.
 
-    weights: "openai", downloaded at first use, or the path of a checkpoint
+    weights: "openai" (downloaded) or a checkpoint.  Raises ValueError if they cannot be loaded.
     name: name of a model in open_clip (quickgelu is the activation of OpenAI's weights)
-    Raises ValueError if the weights cannot be loaded.
     """
     try:
         import open_clip
@@ -208,8 +197,7 @@ def clip_embeddings(texts: list[str], *, weights: str = "openai",
 def bert_embeddings(texts: list[str], *, weights: str = "bert-base-uncased") -> np.ndarray:
     """BERT embeddings (texts, 768): the mean of the last layer over the tokens of each text.
 
-    weights: name on the Hugging Face hub, downloaded at first use, or a folder
-    Raises ValueError if transformers is not installed or the weights cannot be loaded.
+    weights: name on the Hugging Face hub (downloaded) or a folder.  Raises ValueError without them.
     """
     try:
         from transformers import AutoModel, AutoTokenizer

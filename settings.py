@@ -63,7 +63,8 @@ def unread_because(flag: str, settings: Mapping[str, Any], implied: Mapping[str,
     if not hindering:
         return ""
     other = hindering[0]
-    return f"with {implied[other][1] if other in implied else f'{typed_as(other)} {settings[other]}'}"
+    cause = implied[other][1] if other in implied else f"{typed_as(other)} {settings[other]}"
+    return f"with {cause}" if other != "method" else f"by {cause}"
 
 
 def read_settings(defaults: dict, typed: dict) -> dict:
@@ -72,9 +73,12 @@ def read_settings(defaults: dict, typed: dict) -> dict:
     defaults: every flag that the method reads, in some run or other
     Raises ValueError if the run would not read a typed flag.
     """
+    # Flags decided by others come last, in the run's settings as in the error.
     settings = defaults | typed
     implied = implied_flags(settings)
     settings |= {flag: value for flag, (value, _) in implied.items()}
+
+    # Flags without a part in this run
     for flag in list(settings):
         reason = unread_because(flag, settings, implied)
         if flag not in defaults:
@@ -90,6 +94,7 @@ def read_settings(defaults: dict, typed: dict) -> dict:
 
 def check_combination(settings: Mapping[str, Any], methods: Mapping[str, Method]) -> None:
     """Raise ValueError if method, model and aggregation do not go together."""
+    # Each method lists its models and averages.
     name, model = settings["method"], settings["model"]
     choices = {other: {"model": method.networks, "aggregation": method.averages}
                for other, method in methods.items()}
@@ -100,6 +105,8 @@ def check_combination(settings: Mapping[str, Any], methods: Mapping[str, Method]
             remedy = f"--method {' or '.join(others)}" if len(others) < 6 else "another --method"
             raise ValueError(f"{typed_as(flag)} {value} does not go with --method {name}: give "
                              f"{typed_as(flag)} {' or '.join(allowed)}, or {remedy}")
+
+    # One upload at a time can only be mixed into its own architecture.
     if settings.get("aggregation") == "async" and len(methods[name].networks[model]) > 1:
         raise ValueError(f"--aggregation async needs one architecture, not --model {model}: give "
                          "--model cnn, or one ResNet")

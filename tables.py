@@ -52,7 +52,7 @@ MACHINE = ("device", "workers", "threads", "data_dir", "checkpoint_every")
 
 # ------------------------------------------------------------------------------------------- scales
 
-# Flags on top of a setting's values, and for AP-FL's stages and FedDF's distillation
+# Flags by --setting, on top of its own values, and by method (AP-FL's stages, FedDF's distillation)
 SMOKE = {"rounds": 2, "local_epochs": 1, "test_images": 60, "eval_every": 1, "checkpoint_every": 2}
 SCALES = {
     "smoke": {"fedin": SMOKE | {"clients": 8, "participation": 0.25, "train_images": 160},
@@ -63,8 +63,8 @@ SCALES = {
                         "train_images": 5000, "test_images": 1000, "eval_every": 4},
               "apfl": {"rounds": 10, "local_epochs": 2, "train_images": 5000, "test_images": 1000,
                        "eval_every": 2},
-              "method apfl": {"generator_steps": 60, "generator_batch": 10, "friend_epochs": 3,
-                              "synthetic_per_class": 100},
+              "method apfl": {"generator_steps": 60, "generator_batch": 10,
+                              "synthetic_per_class": 100, "friend_epochs": 3},
               "method feddf": {"distillation_steps": 100}},
     "paper": {"fedin": {"eval_every": 1}, "apfl": {}}}
 SEEDS = {"smoke": 1, "small": 3, "paper": 3}
@@ -85,7 +85,7 @@ ATTACK_STEPS = {"smoke": 50, "small": 5000, "paper": 100_000}
 Key = tuple[str, str]  # row and column of a table
 Lines = Mapping[Key, list[dict]]  # lines of runs.jsonl for seeds 0, 1, ...
 Values = dict[Key, list]  # a value per seed, None for a seed without one
-Papers = Mapping[Key, "Printed"]  # the numbers of a paper's table
+Papers = Mapping[Key, tuple]  # a paper's number, its standard deviation or None, its text
 
 
 class Cell(NamedTuple):
@@ -117,7 +117,7 @@ SETS = {"Fashion-MNIST": "fashionmnist", "SVHN": "svhn", "CIFAR-10": "cifar10",
 SPLITS = {"IID": {"partition": "iid"}, "Non-IID": {"partition": "dirichlet", "alpha": 0.5}}
 NON_IID = {"Non-IID": SPLITS["Non-IID"]}
 TARGETS = {"Fashion-MNIST": 85, "SVHN": 80, "CIFAR-10": 60}  # percent, FedIN, Table 1
-TARGET_SOURCE = "(below the paper's scale: nine tenths of FedAvg's final one, non-IID, per seed)"
+TARGET_SOURCE = "(below the paper's scale nine tenths of FedAvg's final accuracy, non-IID, by seed)"
 ABLATIONS = {"FedAvg": {"method": "fedavg"}, "FedIN w/o IN": {"method": "fedin", "ablate": ["in"]},
              "FedIN w/o Prox": {"method": "fedin", "ablate": ["prox"]},
              "FedIN w/o Opt": {"method": "fedin", "ablate": ["opt"]}, "FedIN": {"method": "fedin"}}
@@ -175,16 +175,16 @@ def fedin_tables(scale: str) -> dict[str, Table]:
     def several(names: str, **flags: str) -> dict[str, dict]:
         return {name: methods[name] | flags for name in names.split()}
 
-    same = several("FedProx Scaffold FedNova MOON FedIN", model="resnet18")
-    apart = several("FedAvg FedProx Scaffold FedNova MOON InclusiveFL FedIN",
-                    aggregation="per-architecture")
-    costly = several("FedAvg Scaffold MOON HeteroFL FedRolex FedIN")
+    equal = several("FedProx Scaffold FedNova MOON FedIN", model="resnet18")
+    separate = several("FedAvg FedProx Scaffold FedNova MOON InclusiveFL FedIN",
+                       aggregation="per-architecture")
+    measured = several("FedAvg Scaffold MOON HeteroFL FedRolex FedIN")
     noise = {f"noise {level:g}": {"method": "fedin", "noise": level}
              for level in (0.0, 0.1, 0.2, 0.5, 0.8, 1.0, 2.0, 3.0, 5.0)}
-    every = {"Local": {"method": "local"}, **methods}
+    all_methods = {"Local": {"method": "local"}, **methods}
     for name, method in (("FedAvg", "fedavg"), ("FedAvg-FT", "fedavg-ft"), ("FedGen", "fedgen"),
                          ("FedDF", "feddf"), ("AP-FL", "apfl")):
-        every[f"{name}, CNN"] = {"method": method, "model": "cnn"}
+        all_methods[f"{name}, CNN"] = {"method": method, "model": "cnn"}
 
     # Columns
     skewed = {name: {"dataset": SETS[name], **SPLITS["Non-IID"]} for name in sets}
@@ -197,36 +197,37 @@ def fedin_tables(scale: str) -> dict[str, Table]:
     numbers = (f"Numbers of clients here: {numbers}. Participants per round: {A_ROUND[scale]} (not "
                "given in the paper).")
 
+    # Name -> title, cells, measure
     return tables_of("FedIN", {
         "fedin-1": ("Table 1: accuracy, %; rounds to the target in non-IID, and how many times "
                     "fewer than FedAvg", fedin_cells(methods, columns_of(sets)), with_rounds),
-        "fedin-2a": ("Table 2a: accuracy, %, all clients with ResNet18", fedin_cells(same, cifar)),
+        "fedin-2a": ("Table 2a: accuracy, %, all clients with ResNet18", fedin_cells(equal, cifar)),
         "fedin-2b": ("Table 2b: accuracy, %, without one part", fedin_cells(ABLATIONS, cifar)),
         "fedin-3": ("Table 3: accuracy, %, averages within each architecture alone",
-                    fedin_cells(apart, columns_of(["Fashion-MNIST"]))),
-        "fedin-4": ("Table 4: cost of a method", fedin_cells(costly, skewed_cifar), overheads),
+                    fedin_cells(separate, columns_of(["Fashion-MNIST"]))),
+        "fedin-4": ("Table 4: cost of a method", fedin_cells(measured, skewed_cifar), overheads),
         "fedin-5": ("Table 5: accuracy, %, by the number of clients, CIFAR-10", fedin_cells(
             several("FedAvg InclusiveFL FedIN"), counts), partial(final, notes=[numbers])),
         "fedin-6": ("Table 6: accuracy, %, by the noise on the features, non-IID",
                     fedin_cells(noise, skewed)),
         "methods": ("every method in its setting: accuracy, %, non-IID", fedin_cells(
-            every, columns_of(["CIFAR-10", "Fashion-MNIST"], NON_IID)))})
+            all_methods, columns_of(["CIFAR-10", "Fashion-MNIST"], NON_IID)))})
 
 
 def fedin_figures(scale: str) -> dict[str, Table]:
     """FedIN's figures that show measurements: 3 to 10."""
     methods, fedin_cells = fedin_methods(scale), partial(cells, "fedin")
     skewed_cifar = columns_of(["CIFAR-10"], NON_IID)
-    some = {name: methods[name] for name in ("FedAvg", "InclusiveFL", "FedIN")}
+    three = {name: methods[name] for name in ("FedAvg", "InclusiveFL", "FedIN")}
     noise = fedin_cells({"without noise": methods["FedIN"],
                          "with noise": methods["FedIN (+Noise)"]}, skewed_cifar)
 
     # Fig. 6c and 6d: features that a client sends.  The axis of 6d is not readable in our copy
-    (flags,), plain = skewed_cifar.values(), {"FedIN": methods["FedIN"]}
+    (flags,), only_fedin = skewed_cifar.values(), {"FedIN": methods["FedIN"]}
     sizes = {str(size): flags | {"feature_batch_size": size} for size in (8, 16, 32, 64, 128)}
     batches = {str(count): flags | {"feature_batches": count} for count in (1, 2, 3, 4, 5)}
 
-    # Measures with arguments
+    # Name -> title, cells, measure, whether it needs networks
     all_classes = partial(scattered, tuple(models.RESNETS), 100, None)
     one_class = partial(scattered, ("resnet10", "resnet14", "resnet26"), 200, 0)
     stages, maps = partial(similarity, draw_stages), partial(similarity, draw_maps)
@@ -235,20 +236,20 @@ def fedin_figures(scale: str) -> dict[str, Table]:
                        fedin_cells({"FedAvg": methods["FedAvg"]}, skewed_cifar), all_classes, True),
         "fedin-fig4": ("Fig. 4: images reconstructed from features", noise,
                        partial(attacked, False), True),
-        "fedin-fig5": ("Fig. 5: smoothed accuracy, non-IID CIFAR-10",
-                       fedin_cells(methods, skewed_cifar), partial(curves, "CIFAR-10", 0.6)),
+        "fedin-fig5": ("Fig. 5: smoothed accuracy, non-IID CIFAR-10", fedin_cells(
+            methods, skewed_cifar), partial(curves, "CIFAR-10", analysis.SMOOTHING)),
         "fedin-fig6ab": ("Fig. 6a and 6b: mean CKA between clients, by stage",
-                         fedin_cells(some, columns_of(["CIFAR-10"])), stages, True),
+                         fedin_cells(three, columns_of(["CIFAR-10"])), stages, True),
         "fedin-fig6c": ("Fig. 6c: accuracy, %, by |S|, non-IID CIFAR-10",
-                        fedin_cells(plain, sizes), partial(swept, "features in a batch, |S|")),
+                        fedin_cells(only_fedin, sizes), partial(swept, "features in a batch, |S|")),
         "fedin-fig6d": ("Fig. 6d: accuracy, %, by the number of batches, non-IID CIFAR-10",
-                        fedin_cells(plain, batches), partial(swept, "batches of features")),
+                        fedin_cells(only_fedin, batches), partial(swept, "batches of features")),
         "fedin-fig7": ("Fig. 7: CKA between clients, stages 2 and 3, non-IID CIFAR-10",
-                       fedin_cells(some, skewed_cifar), maps, True),
+                       fedin_cells(three, skewed_cifar), maps, True),
         "fedin-fig8": ("Fig. 8: stage 3 features of one class, t-SNE, non-IID CIFAR-10",
-                       fedin_cells(some, skewed_cifar), one_class, True),
-        "fedin-fig9": ("Fig. 9: smoothed accuracy, ablations, non-IID CIFAR-10",
-                       fedin_cells(ABLATIONS, skewed_cifar), partial(curves, None, 0.6)),
+                       fedin_cells(three, skewed_cifar), one_class, True),
+        "fedin-fig9": ("Fig. 9: smoothed accuracy, ablations, non-IID CIFAR-10", fedin_cells(
+            ABLATIONS, skewed_cifar), partial(curves, "", analysis.SMOOTHING)),
         "fedin-fig10": ("Fig. 10: reconstruction from features, with and without noise", noise,
                         partial(attacked, True), True)})
 
@@ -286,6 +287,7 @@ def apfl_tables(scale: str) -> dict[str, Table]:
     dims = {str(dim): {"noise_dim": dim} for dim in (20, 100, 400, 512)}
     samples = {str(count): {"synthetic_per_class": count} for count in SAMPLES[scale]}
 
+    # Name -> title, cells, measure
     return tables_of("AP-FL", {
         "apfl-1": ("Table 1: classes of each client in the dropout setting", {}, dealt_classes),
         "apfl-2": ("Table 2: accuracy on the whole test set, %", apfl_cells(APFL_METHODS, splits)),
@@ -294,7 +296,7 @@ def apfl_tables(scale: str) -> dict[str, Table]:
         "apfl-4": ("Table 4: accuracy of friend models on clients' own shares of the test set, %; "
                    "A_n: participants, A_d: the dropout client", friends),
         "apfl-fig4": ("Fig. 4: accuracy over rounds, five clients; star: AP-FL's personalised "
-                      "models", apfl_cells(APFL_METHODS, panels), partial(curves, None, 0.0)),
+                      "models", apfl_cells(APFL_METHODS, panels), partial(curves, "", 0.0)),
         "apfl-fig5a": ("Fig. 5: friend models' accuracy, %, by the length of the noise",
                        apfl_cells(rows, dims), partial(swept, "length of z")),
         "apfl-fig5b": ("Fig. 5: friend models' accuracy, %, by the number of samples",
@@ -368,34 +370,40 @@ def run_missing(jobs: Mapping[str, dict], args: Namespace) -> dict[str, str]:
 
     # Ctrl-C reaches the processes too: they save what they have, and no other begins
     missing = sorted(jobs.keys() - finished, key=lambda name: (jobs[name]["seed"], name))
-    with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {pool.submit(run_alone, folder / name, jobs[name], args.jobs): name
-                   for name in missing}
-        bar = pictures.progress_bar(as_completed(futures), "runs", "run", len(missing))
-        try:
-            for future in bar:
-                name, error = futures[future], future.result()
-                if error:
-                    failed[name] = error
-                    bar.write(f"{name}: {error}", file=sys.stdout)
-                else:
-                    record(name, jobs[name], args.scale)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(args.jobs)
+    futures = {pool.submit(run_alone, folder / name, jobs[name], args.jobs): name
+               for name in missing}
+    bar = pictures.progress_bar(as_completed(futures), "runs", "run", len(missing))
+    try:
+        for future in bar:
+            name, error = futures[future], future.result()
+            if error:
+                failed[name] = error
+                bar.write(f"{name}: {error}", file=sys.stdout)
+            else:
+                record(name, jobs[name], args.scale)
+    finally:
+        pool.shutdown(cancel_futures=True)
     return failed
 
 
 def run_alone(folder: Path, flags: Mapping[str, Any], jobs: int) -> str:
-    """Begin or resume a run in a process of its own; the last line of its log, if it fails."""
+    """Begin or resume a run in a process of its own; its error in a line, or nothing."""
+    if flags.get("semantics") == "word2vec":
+        return (f"no word vectors: put embeddings-word2vec-{flags['dataset']}.npz (classes, "
+                "embeddings) into --data-dir")
+
+    # The processes share the cores
     words = run.command_line(flags) + ["--resume"] * (folder / "config.json").exists()
-    if not torch.cuda.is_available():  # the processes share the cores
+    if not torch.cuda.is_available():
         words += ["--workers", str(max(1, run.num_cores() // jobs))]
+
+    # The log lies beside the folder
     log = folder.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as file:
-        status = subprocess.run([sys.executable, str(RUN_PY), *words, "--out", str(folder)],
-                                stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        command = [sys.executable, "-u", str(RUN_PY), *words, "--out", str(folder)]
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
     if status < 0:
         return f"killed by signal {-status}: fewer --jobs need less memory"
     return log.read_text(encoding="utf-8").splitlines()[-1] if status else ""
@@ -460,8 +468,7 @@ def final(table: Table, lines: Lines, args: Namespace, notes: Sequence[str] = ()
     """Result that each cell names, per seed."""
     values = {}
     for key, runs in lines.items():
-        name = table.cells[key].value
-        values[key] = [line["result"].get(name) for line in runs]
+        values[key] = [line["result"].get(table.cells[key].value) for line in runs]
     return Measured(values, notes)
 
 
@@ -534,21 +541,17 @@ def mean_curves(lines: Lines, weight: float) -> dict[str, dict[str, tuple]]:
     return panels
 
 
-def curves(target_set: str | None, weight: float, table: Table, lines: Lines, args: Namespace,
-           ) -> Measured:
-    """Final accuracies and curves over rounds (FedIN, Fig. 5 and 9; AP-FL, Fig. 4).
-
-    target_set: data set of Table 1 with its target, None for no target;  weight: of smoothing
-    """
+def curves(goal: str, weight: float, table: Table, lines: Lines, args: Namespace) -> Measured:
+    """Final accuracies and smoothed curves, with the target on a data set if one is named."""
     common, targets, ends = of_common_seeds(lines), {}, {}
     counts = " or ".join(sorted({str(len(runs)) for runs in common.values()}))
+    smoothing = f", smoothed exponentially with weight {weight} (not given in the papers)"
     notes = [f"Curves are means over the seeds that all methods of a panel have ({counts}), with a "
-             "band of one standard deviation. Their exponential smoothing has weight "
-             f"{weight} (not given in the papers)."]
+             f"band of one standard deviation{smoothing * (weight > 0)}."]
 
     # Target of FedIN's Fig. 5
-    if target_set and (per_seed := targets_of(target_set, common, args)):
-        targets[f"{target_set}, Non-IID"] = statistics.mean(per_seed)
+    if goal and (per_seed := targets_of(goal, common, args)):
+        targets[f"{goal}, Non-IID"] = statistics.mean(per_seed)
         notes.append(f"Target: {statistics.mean(per_seed):.1f} % {TARGET_SOURCE}.")
 
     # Accuracy after the stages that follow AP-FL's last round
@@ -564,14 +567,15 @@ def curves(target_set: str | None, weight: float, table: Table, lines: Lines, ar
 
 # ----------------------------------------------------------------------------- analyses of networks
 
-look, attack = cache(analysis.look), cache(analysis.attack)  # each once for all figures
+# Each once for all figures
+compare_clients, attack = cache(analysis.compare_clients), cache(analysis.attack)
 
 
 def similarity(draw: Callable, table: Table, lines: Lines, args: Namespace) -> Measured:
     """Mean CKA between different clients by stage (FedIN, Fig. 6a, 6b and 7)."""
-    values, looks = {}, {}
+    values, comparisons = {}, {}
     for (row, column), runs in lines.items():
-        looks[row, column] = seen = look(RUNS / args.scale / runs[0]["id"])
+        comparisons[row, column] = seen = compare_clients(RUNS / args.scale / runs[0]["id"])
         stages = {f"stage {number}": cka for number, cka in enumerate(seen.maps)}
         for stage, cka in (stages | {"stage 3, unbiased": seen.unbiased[3]}).items():
             values[row, f"{column}, {stage}"] = [analysis.mean_similarity(cka)]
@@ -580,45 +584,43 @@ def similarity(draw: Callable, table: Table, lines: Lines, args: Namespace) -> M
         f"Clients after one more round of local training, {images:,} test images. CKA is between "
         "different clients, by the biased estimate (not given in the paper). In stage 3, of 512 "
         f"features, it is up to {512 / (512 + images):.2f} for unrelated features, and 0 by the "
-        "unbiased estimate."], partial(draw, looks))
+        "unbiased estimate."], partial(draw, comparisons))
 
 
-def draw_stages(looks: Mapping[Key, analysis.Look], path: Any, title: str) -> None:
+def draw_stages(comparisons: Mapping[Key, Any], path: Any, title: str) -> None:
     """Draw mean CKA over stages, a panel per split."""
     panels: dict[str, dict] = {}
-    for (row, column), seen in looks.items():
+    for (row, column), seen in comparisons.items():
         means = [analysis.mean_similarity(cka) for cka in seen.maps]
         panels.setdefault(column, {})[row] = list(map(str, range(len(means)))), means, None
     pictures.draw_lines(path, panels, ("stage", "mean CKA between clients"), title)
 
 
-def draw_maps(looks: Mapping[Key, analysis.Look], path: Any, title: str) -> None:
+def draw_maps(comparisons: Mapping[Key, Any], path: Any, title: str) -> None:
     """Draw CKA of each client with each, by method, stages 2 and 3."""
     maps = {f"{row}, stage {stage}": seen.maps[stage] for stage in (2, 3)
-            for (row, _), seen in looks.items()}
-    names = next(iter(looks.values())).names
+            for (row, _), seen in comparisons.items()}
+    names = next(iter(comparisons.values())).names
     if len(names) > 25:  # too many to write: networks alone, each at its first client
         archs = [name.split(": ")[1] for name in names]
         names = [arch if arch != before else "" for before, arch in zip(["", *archs], archs)]
     pictures.draw_maps(path, maps, names, ("client", "client, network", "CKA"), title,
-                       columns=len(looks), limits=(0, 1))
+                       columns=len(comparisons), limits=(0, 1))
 
 
 def scattered(archs: Sequence[str], count: int, label: int | None, table: Table, lines: Lines,
               args: Namespace) -> Measured:
-    """t-SNE of the stage 3 features that some networks make of test images (FedIN, Fig. 3 and 8).
-
-    count: largest number of images;  label: their class, None for all
-    """
+    """t-SNE of stage 3 features of some networks, of test images of a class (None: of all)."""
     values, panels = {}, {}
     for (row, _), runs in lines.items():
-        seen = look(RUNS / args.scale / runs[0]["id"])
+        seen = compare_clients(RUNS / args.scale / runs[0]["id"])
         wanted = torch.ones_like(seen.labels) if label is None else seen.labels == label
         images = wanted.nonzero()[:count, 0]
         features = {arch: seen.features[arch][images] for arch in archs}
-        panels[row] = analysis.scatter(features)
+        panels[row] = analysis.tsne(features)
         values[row, "nearest neighbours of the same network, share"] = [
             analysis.own_neighbours(features)]
+
     class_text = "" if label is None else f" of class {label} (not given in the paper)"
     return Measured(values, [
         f"Clients after one more round of local training, {len(images)} test images{class_text}. "
@@ -654,17 +656,17 @@ def overheads(table: Table, lines: Lines, args: Namespace) -> Measured:
     values = {}
     for (row, column), runs in lines.items():
         # By rule: a client may send part of a network, but keeps the whole
-        networks, sent, kept = rules[row]
+        networks, upload, memory = rules[row]
         whole = networks[-1:] if networks is cut else networks
         values[row, "parameters sent, M"] = [
-            analysis.mean_millions(networks, models.is_parameter, **sent)]
-        values[row, "memory by rule, MiB"] = [analysis.memory_mib(whole, **kept)]
+            analysis.mean_millions(networks, models.is_parameter, **upload)]
+        values[row, "memory by rule, MiB"] = [analysis.memory_mib(whole, **memory)]
 
         # As measured
         flags = flags_of(table.cells[row, column], args, 0)
         settings = run.resolve(flags)
         updates = run.num_participants(settings) * settings["rounds"]
-        values[row, "measured: upload per client and round, MB"] = [
+        values[row, "measured: upload per update, MB"] = [
             line["result"]["upload_mb"] / updates for line in runs]
         values[row, "measured: peak of the process, GiB"] = [
             peak_memory(flags, args) for _ in runs[:1]]
@@ -710,23 +712,15 @@ def dealt_classes(table: Table, lines: Lines, args: Namespace) -> Measured:
 
 # ----------------------------------------------------------------------- Markdown, CSV and pictures
 
-class Printed(NamedTuple):
-    """A number, or the classes of a client, as a paper has it."""
-
-    value: Any
-    spread: float | None  # standard deviation
-    text: str
-
-
 def papers_numbers() -> dict[str, Papers]:
-    """Table -> the paper's numbers, from results/papers.csv."""
+    """Table -> the paper's numbers (apfl-1: classes of clients), from results/papers.csv."""
     tables: dict[str, dict] = {}
     with open(PAPERS, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             value, spread = line["value"], line["deviation"]
-            tables.setdefault(line["table"], {})[line["row"], line["column"]] = Printed(
-                float(value) if re.fullmatch(r"[\d.]+", value) else value,
-                float(spread) if spread else None, value + f" ± {spread}" * bool(spread))
+            number = float(value) if re.fullmatch(r"[\d.]+", value) else value
+            tables.setdefault(line["table"], {})[line["row"], line["column"]] = (
+                number, float(spread) if spread else None, value + f" ± {spread}" * bool(spread))
     return tables
 
 
@@ -751,9 +745,8 @@ def number_text(value: Any, spread: float | None, paper_text: str) -> str:
 
 
 def cell_text(key: Key, values: Values, papers: Papers) -> str:
-    """A cell in Markdown: the paper's number if the table has any, a stroke, ours."""
-    per_seed = values.get(key, [])
-    paper_text = papers[key].text if key in papers else ""
+    """A cell in Markdown: the paper's number if the table has any, a slash, ours."""
+    per_seed, (*_, paper_text) = values.get(key, []), papers.get(key, ("",))
     text = number_text(*mean_and_spread(per_seed), paper_text)
 
     # Not every seed was run, or reached the target
@@ -769,15 +762,16 @@ def agreement(values: Values, papers: Papers) -> dict[str, tuple[int, int]]:
     columns: dict[str, tuple[int, int]] = {}
     keys = [key for key in values if values[key] and key in papers]
     for pair in combinations(keys, 2):
-        # Means over the seeds of both.  A row that misses a target with one of them comes last
-        if pair[0][1] != pair[1][1]:
+        column = pair[0][1]
+        if pair[1][1] != column:
             continue
-        column, means, seeds = pair[0][1], [], min(len(values[key]) for key in pair)
+
+        # Means over the seeds of both.  A row that misses a target with one of them comes last
+        means, seeds = [], min(len(values[key]) for key in pair)
         for key in pair:
             missed = column.endswith(", round") and None in values[key][:seeds]
             means.append(float("inf") if missed else mean_and_spread(values[key][:seeds])[0])
-
-        printed = [papers[key].value for key in pair]
+        printed = [papers[key][0] for key in pair]
         if all(isinstance(number, (int, float)) for number in means + printed):
             counts = columns.get(column, (0, 0)), analysis.in_order(printed, means)
             columns[column] = tuple(map(sum, zip(*counts)))
@@ -798,13 +792,13 @@ def markdown(name: str, table: Table, values: Values, papers: Papers, notes: Seq
     text = "\n".join("| " + " | ".join(line) + " |" for line in grid)
 
     # Remarks
-    spread = (", mean ± standard deviation over the seeds; (k of n): over k seeds alone"
+    spread = (", mean ± standard deviation over seeds; (k of n): over k seeds alone"
               if any(len(per_seed) > 1 for per_seed in values.values()) else "")
     remarks = [f"Every cell: {'the paper / ours' if papers else 'ours'}{spread}."]
     pairs = [f"{column} {alike} of {total}"
              for column, (alike, total) in agreement(values, papers).items()]
     if pairs:
-        remarks.append("Pairs of rows in the paper's order, over the seeds of both (ties are not): "
+        remarks.append("Pairs of rows in the paper's order (ties are not), over the seeds of both: "
                        + "; ".join(pairs) + ".")
     return "\n\n".join([f"# {table.title}", *notes, text, *remarks,
                         f"![{table.title}]({name}.png)"]) + "\n"
@@ -813,8 +807,8 @@ def markdown(name: str, table: Table, values: Values, papers: Papers, notes: Seq
 def notes_of(table: Table, lines: Lines, seeds: int, args: Namespace) -> list[str]:
     """Sentences on scale, seeds, command, commits and machines, and on differences."""
     # Scale and seeds
-    scale, texts, cells_used = SCALES[args.scale], [], list(table.cells.values())
-    for setting in dict.fromkeys(cell.flags["setting"] for cell in cells_used) or ["apfl"]:
+    scale, texts, used = SCALES[args.scale], [], list(table.cells.values())
+    for setting in dict.fromkeys(cell.flags["setting"] for cell in used) or ["apfl"]:
         parts = [setting, *(["method apfl", "method feddf"] * (setting == "apfl"))]
         flags = [f"{flag} {value}" for part in parts for flag, value in scale.get(part, {}).items()]
         texts.append(f"`--setting {setting}` with {', '.join(flags) or 'nothing else'}")
@@ -830,10 +824,9 @@ def notes_of(table: Table, lines: Lines, seeds: int, args: Namespace) -> list[st
     notes.append(f"`{args.command}`; {origin}.{analyses}")
 
     # Differences from the paper
-    cut = any("-widths" in cell.flags.get("model", "") for cell in cells_used)
-    if cut and args.scale != "paper":
+    if args.scale != "paper" and any("-widths" in cell.flags.get("model", "") for cell in used):
         notes.append(f"HeteroFL, FedRolex, ScaleFL: {WIDTHS[args.scale]} (paper: ResNet152).")
-    return notes + substitutions(cells_used, args)
+    return notes + substitutions(used, args)
 
 
 def substitutions(cells_used: Sequence[Cell], args: Namespace) -> list[str]:
@@ -868,9 +861,8 @@ def csv_text(name: str, values: Values, papers: Papers, scale: str) -> str:
     writer.writerow(["table", "scale", "row", "column", "paper", "paper deviation", "mean",
                      "deviation", "by seed"])
     for (row, column), per_seed in values.items():
-        paper = papers.get((row, column), (None, None))[:2]
-        writer.writerow([name, scale, row, column, *paper, *mean_and_spread(per_seed),
-                         " ".join(map(str, per_seed))])
+        writer.writerow([name, scale, row, column, *papers.get((row, column), (None, None))[:2],
+                         *mean_and_spread(per_seed), " ".join(map(str, per_seed))])
     return file.getvalue()
 
 
@@ -925,8 +917,8 @@ def jobs_of(table: Table, args: Namespace) -> dict[Key, dict[str, dict]]:
     """Runs of each cell of a table, by seed: id -> flags."""
     jobs, seeds = {}, 1 if table.networks else args.seeds
     for key, cell in table.cells.items():
-        flags = [flags_of(cell, args, seed) for seed in range(seeds)]
-        jobs[key] = {run_id(each): each for each in flags}
+        per_seed = [flags_of(cell, args, seed) for seed in range(seeds)]
+        jobs[key] = {run_id(flags): flags for flags in per_seed}
     return jobs
 
 
@@ -950,14 +942,14 @@ def raise_usage_error(message: str) -> NoReturn:
 def read_arguments(words: Sequence[str]) -> Namespace:
     """Read the command line.  Raises ValueError if it is wrong."""
     parser = ArgumentParser(prog="python tables.py", allow_abbrev=False,
-                                     description=(__doc__ or "").split("\n")[0])
+                            description=(__doc__ or "").split("\n")[0])
     parser.error = raise_usage_error
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="fedin-1, apfl-fig4, ..., see --list; fedin-2 is "
         "fedin-2a and fedin-2b; or all")
     add("--list", action="store_true", help="print all names and stop")
-    add("--scale", choices=SCALES, default="smoke", help="rounds, clients, epochs and images: those "
-        "of the papers, few, or (smoke, default) a trial with digits in place of every data set")
+    add("--scale", choices=SCALES, default="smoke", help="rounds, clients, epochs and images; "
+        "smoke (default) is a trial, with digits in place of every data set")
     add("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 per run (default: 3; 1 at the "
         "scale of smoke and for figures that need networks)")
     add("--jobs", type=int, metavar="N", help="runs at a time (default: number of cores, on a GPU "

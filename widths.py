@@ -3,17 +3,17 @@
 In reading order: pre-activation ResNets of any width, with exits; sub-models as index sets into the
 whole network; the three methods.  Numbers are of arxiv.org.
 
-HeteroFL  Computation and Communication Efficient FL for Heterogeneous Clients, ICLR 2021, 2010.01264
+HeteroFL  Computation and Communication Efficient FL for Heterogeneous Clients, ICLR 2021,
+          2010.01264
 FedRolex  Model-Heterogeneous FL with Rolling Sub-Model Extraction, NeurIPS 2022, 2212.01548
 ScaleFL   Resource-Adaptive Federated Learning with Heterogeneous Clients, CVPR 2023
 """
 
-import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ WIDTH_RESNETS = {  # options of WidthResNet
 }
 RATES = ("1/16", "1/8", "1/4", "1/2", "1")  # widths e to a of HeteroFL's "a1-b1-c1-d1-e1"
 EXITS = (1/2, 5/8, 3/4, 7/8, 1)  # share of the blocks before an exit of ScaleFL, for five levels
-EXIT_RATES = {  # their widths, at which each level has nearly as many parameters as HeteroFL's
+EXIT_RATES = {  # their widths; shallower levels are wider, for about HeteroFL's parameters
     "resnet18": ("1/4", "1/3", "1/2", "2/3", "1"), "resnet152": ("1/9", "3/16", "1/3", "3/5", "1")}
 CLIP = 1.0  # bound of the gradient's norm in HeteroFL's and FedRolex's released code
 SELF_DISTILLATION = 0.0  # gamma of ScaleFL's released code, which trains BERT with 0.05
@@ -56,10 +56,8 @@ class Scaler(nn.Module):
 
 
 def scaled_norm(width: int, rate: float) -> nn.Sequential:
-    """Scaler, static batch normalisation, ReLU.
-
-    Static (HeteroFL): by the batch's statistics, keeping none; see models.collect_statistics.
-    """
+    """Scaler, static batch normalisation, ReLU."""
+    # Static (HeteroFL): by the batch's statistics, keeping none; see models.collect_statistics.
     return nn.Sequential(Scaler(rate), nn.BatchNorm2d(width, track_running_stats=False), nn.ReLU())
 
 
@@ -72,16 +70,15 @@ class PreActivationBlock(nn.Module):
         self.width_out = 4 * width if bottleneck else width
         if bottleneck:
             self.body = nn.Sequential(
-                Conv2d(width_in, width, 1),
-                scaled_norm(width, rate),
-                Conv2d(width, width, 3, stride=stride, padding=1),
-                scaled_norm(width, rate),
+                Conv2d(width_in, width, 1), scaled_norm(width, rate),
+                Conv2d(width, width, 3, stride=stride, padding=1), scaled_norm(width, rate),
                 Conv2d(width, self.width_out, 1))
         else:
             self.body = nn.Sequential(
-                Conv2d(width_in, width, 3, stride=stride, padding=1),
-                scaled_norm(width, rate),
+                Conv2d(width_in, width, 3, stride=stride, padding=1), scaled_norm(width, rate),
                 Conv2d(width, width, 3, padding=1))
+
+        # The shortcut, of blocks that change size or width
         self.shortcut = None
         if stride != 1 or width_in != self.width_out:
             self.shortcut = Conv2d(width_in, self.width_out, 1, stride=stride)
@@ -96,8 +93,7 @@ class WidthResNet(nn.Module):
     """HeteroFL's pre-activation ResNet at a rate of its width, with one exit or with ScaleFL's.
 
     blocks: residual blocks in each of the four stages, of 64, 128, 256 and 512 channels x rate
-    exits: numbers of blocks before the heads (normalisation, pooling, fc), ascending; the network
-        ends with the last head.  None: one head, after all blocks
+    exits: number of blocks before each head (normalisation, pooling, fc), ascending; None: one head
     intermediate is a sequence of sections, and classifier has a head for each of them.
     Without exits and at rate 1, ResNet152 has 58,148,938 parameters (three channels, ten classes).
     """
@@ -120,12 +116,14 @@ class WidthResNet(nn.Module):
         self.intermediate = nn.Sequential(*(nn.Sequential(*body[start:end])
                                             for start, end in pairwise((0, *ends))))
 
+        # A head per section
         self.classifier = nn.ModuleList(nn.Sequential(OrderedDict(
             norm=scaled_norm(body[end - 1].width_out, rate), avgpool=nn.AdaptiveAvgPool2d(1),
             flatten=nn.Flatten(), fc=nn.Linear(body[end - 1].width_out, num_classes)))
             for end in ends)
+        # As in HeteroFL's released code
         for head in self.classifier:
-            nn.init.zeros_(head.fc.bias)  # as in HeteroFL's code
+            nn.init.zeros_(head.fc.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier[-1](self.intermediate(self.extractor(x)))
@@ -146,10 +144,7 @@ def width_networks(net: str) -> dict[str, Callable]:
 
 
 def exit_networks(net: str) -> dict[str, Callable]:
-    """Architecture -> constructor(channels, num_classes) of ScaleFL's levels, small to large.
-
-    Levels end at earlier exits than HeteroFL's, so they are wider for as many parameters.
-    """
+    """Architecture -> constructor(channels, num_classes) of ScaleFL's levels, small to large."""
     num_blocks = sum(WIDTH_RESNETS[net]["blocks"])
     ends = [math.ceil(share * num_blocks) for share in EXITS]
     return {f"{net}-{rate}-exit{level}": partial(WidthResNet, rate=float(Fraction(rate)),
@@ -173,20 +168,20 @@ def index_sets(whole: State, part: State, *, start: int = 0,
                classes: Tensor | None = None) -> IndexSets:
     """Find the place of a narrower network's weights in those of the whole one.
 
-    A sub-model has n consecutive channels of a layer's C, counted modulo C:
-    start, start + 1, ..., start + n - 1.  Layers of equal C have the same ones, so a layer's
-    outputs are the next one's inputs, and the two sides of a residual sum agree.  Image channels
-    and classes are never cut.
-
+    A sub-model has n consecutive channels of a layer's C: (start + i) mod C for i < n.  Layers of
+    equal C have equal ones, so outputs fit the next layer's inputs and residual sums agree.
     part: its weights; only names, which may be some of whole's, and shapes (n) are read
-    start: 0 in HeteroFL (Algorithm 1), the number of the round in FedRolex (Algorithm 1)
+    start: 0 in HeteroFL (Algorithm 1), the number of finished rounds in FedRolex (Algorithm 1)
     classes: the rows of fc that part holds, if not all
     """
     sets = {}
     for name, tensor in part.items():
+        # (start + i) mod C, of outputs and, where the weight has a second dimension, of inputs
         device = whole[name].device
         indices = [(torch.arange(n, device=device) + start) % size
                    for n, size in zip(tensor.shape[:2], whole[name].shape)]
+
+        # Image channels and classes are never cut.
         if name.startswith("extractor."):
             indices[1] = torch.arange(tensor.shape[1], device=device)
         if name.split(".")[-2] == "fc":
@@ -206,7 +201,7 @@ def extract(whole: State, sets: IndexSets) -> State:
     return {name: whole[name][grid(indices)] for name, indices in sets.items()}
 
 
-@functools.cache
+@cache
 def submodel_shapes(arch: str, channels: int, num_classes: int) -> State:
     """State dict of a sub-model without content (meta tensors)."""
     return shapes(partial(CONSTRUCTORS[arch], channels, num_classes))
@@ -222,23 +217,18 @@ def submodel(server: dict, arch: str) -> State:
 
 def average_coordinates(old: State, uploads: Mapping[int, State], counts: Mapping[int, int],
                         sets: Mapping[int, IndexSets]) -> State:
-    """Average each coordinate over the clients that hold it (HeteroFL): models.average, cut finer.
-
-    sets: client id -> the place of its weights, which may be narrower than old's
-    Coordinates that no client holds keep their old value.
-    """
+    """Average each coordinate over the clients that hold it, in the places of sets (HeteroFL)."""
     new = {}
     for name, tensor in old.items():
-        holders = [k for k in sorted(uploads) if name in uploads[k]]
-        if not holders:
-            new[name] = tensor
-            continue
         total = torch.zeros_like(tensor, dtype=torch.float64)
         count = torch.zeros_like(total)
-        for k in holders:
-            place = grid(sets[k][name])
-            total[place] += counts[k] * uploads[k][name].double()
-            count[place] += counts[k]
+        for k in sorted(uploads):
+            if name in uploads[k]:
+                place = grid(sets[k][name])
+                total[place] += counts[k] * uploads[k][name].double()
+                count[place] += counts[k]
+
+        # Coordinates that no client holds keep their old value.
         new[name] = torch.where(count > 0, total / count, tensor).to(tensor.dtype)
     return new
 
@@ -248,7 +238,7 @@ def average_coordinates(old: State, uploads: Mapping[int, State], counts: Mappin
 class WidthUpdate(NamedTuple):
     """Upload of a client."""
 
-    weights: State  # of its sub-model; in the last layer only the rows of its own classes
+    weights: State  # its sub-model's; in the last layer only the rows of its own classes
     num_samples: int  # n_k
     classes: Tensor | None  # these classes, int64, ascending; None: all
 
@@ -274,11 +264,9 @@ def heterofl_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, 
                   clip: float = CLIP) -> Tensor:
     """One step on the masked cross entropy; return the detached loss.
 
-    absent: (C,) bool, classes that the client does not hold.  Their logits are 0, as in the
-        released code, so they get no gradient.  Minus infinity would leave a client of one class
-        with nothing to learn
-    clip: bound of the gradient's norm over all parameters
+    absent: (C,) bool, classes that the client does not hold;  clip: bound of the gradient's norm
     """
+    # 0 as in the released code: -inf would leave a client of one class with nothing to learn.
     loss = F.cross_entropy(model(x).masked_fill(absent, 0), y)
     optimizer.zero_grad()
     loss.backward()
@@ -291,11 +279,14 @@ def heterofl_client_update(model: nn.Module, optimizer: Optimizer, received: Sta
                            data: ClientData, stream: Stream, *, local_epochs: int,
                            batch_size: int) -> Result:
     """Train the sub-model; send it, in the last layer only the rows of the client's own classes."""
+    # The mask of absent classes
     reset(model, optimizer, received)
     classes = data.labels[data.indices].unique()
     num_classes = len(received["classifier.0.fc.bias"])
     absent = torch.ones(num_classes, dtype=torch.bool, device=classes.device)
     absent[classes] = False
+
+    # Training
     loss, samples = run_steps(partial(heterofl_step, model, optimizer),
                               batches(data, batch_size, local_epochs, stream(BATCHES)), absent)
     weights = {name: tensor[classes] if name.split(".")[-2] == "fc" else tensor
@@ -321,11 +312,8 @@ def heterofl_deploy(server: dict, client: Client, kept: None) -> tuple[str, Stat
 # ----------------------------------------------------------------------------------------- FedRolex
 
 def fedrolex_server_update(server: dict, updates: Mapping[int, WidthUpdate]) -> dict:
-    """HeteroFL's average; in the next round all sub-models begin one channel further (Algorithm 1).
-
-    So a window rolls over the channels, and the smallest sub-models train them in turn.  (In the
-    released code it rolls the other way, which covers the same.)
-    """
+    """HeteroFL's average; sub-models then begin one channel further (Algorithm 1)."""
+    # Even the smallest sub-models train all channels in turn.  The released code rolls backwards.
     server = heterofl_server_update(server, updates)
     return {**server, "start": server["start"] + 1}
 
@@ -344,24 +332,20 @@ def scalefl_init(weights: dict[str, State]) -> dict:
     return {**heterofl_init(weights), "round": 0}
 
 
-def scalefl_download(server: dict, client: Client, stream: Stream, *, rounds: int) -> ScaledDownload:
-    """Send the sub-model of the client's level: narrower, and ending at an earlier exit.
-
-    Self-distillation begins once more than a share SCALEFL_WARM_UP of all rounds is finished, so
-    with more --rounds it begins later.
-    """
-    return ScaledDownload(submodel(server, client.arch),
-                          server["round"] > SCALEFL_WARM_UP * rounds)
+def scalefl_download(server: dict, client: Client, stream: Stream, *,
+                     rounds: int) -> ScaledDownload:
+    """Send the sub-model of the client's level: narrower, and ending at an earlier exit."""
+    # With more --rounds, self-distillation begins later.
+    return ScaledDownload(submodel(server, client.arch), server["round"] > SCALEFL_WARM_UP * rounds)
 
 
 def exits_loss(logits: Sequence[Tensor], y: Tensor, gamma: float, temperature: float) -> Tensor:
-    """sum_j j l_j / (m (m + 1) / 2) over exits 1..m, where l_j is the cross entropy of exit j.
+    """sum_j j l_j / (m (m + 1) / 2) over exits 1..m, l_j the cross entropy of logits j, (B, C).
 
     With gamma, all but the last exit learn from the last too: l_j + gamma T^2 KL(last || j) of
-    distributions softened by the temperature T, mean over samples; the teacher is detached.  (The
-    released code divides by the number of classes besides, and lets the teacher learn.)
-    logits: of each exit, (B, C)
+    distributions softened by the temperature T, mean over samples.
     """
+    # The released code also divides KL by the number of classes, and lets the teacher learn.
     m, total = len(logits), 0.0
     for j, student in enumerate(logits, start=1):
         loss = F.cross_entropy(student, y)
@@ -374,10 +358,7 @@ def exits_loss(logits: Sequence[Tensor], y: Tensor, gamma: float, temperature: f
 
 def scalefl_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, *, gamma: float,
                  temperature: float = SCALEFL_TEMPERATURE, clip: float = CLIP) -> Tensor:
-    """One step of all exits together; return the last exit's detached cross entropy.
-
-    gamma: weight of self-distillation;  clip: bound of the gradient's norm over all parameters
-    """
+    """One step of all exits on exits_loss; return the last exit's detached cross entropy."""
     logits = model.exit_logits(x)
     optimizer.zero_grad()
     exits_loss(logits, y, gamma, temperature).backward()
@@ -389,10 +370,7 @@ def scalefl_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, *
 def scalefl_client_update(model: nn.Module, optimizer: Optimizer, received: ScaledDownload,
                           data: ClientData, stream: Stream, *, local_epochs: int, batch_size: int,
                           self_distillation: float = SELF_DISTILLATION) -> Result:
-    """Train all exits of the sub-model together.
-
-    self_distillation: gamma, once self-distillation has begun
-    """
+    """Train all exits of the sub-model together; self_distillation: gamma, once it has begun."""
     reset(model, optimizer, received.weights)
     gamma = self_distillation if received.distils else 0.0
     loss, samples = run_steps(partial(scalefl_step, model, optimizer, gamma=gamma),
@@ -415,8 +393,10 @@ HETEROFL = FEDAVG._replace(
     in_setting={"fedin": {"model": "resnet152-widths"}})
 
 METHODS = {
+    # Diao et al. 2021, Alam et al. 2022.  A client sends a sub-model.
     "heterofl": HETEROFL,
     "fedrolex": HETEROFL._replace(server_update=fedrolex_server_update),
+    # Ilhan et al. 2023.  A client sends a sub-model with its exits.
     "scalefl": HETEROFL._replace(
         init=scalefl_init, download=scalefl_download, client_update=scalefl_client_update,
         server_update=scalefl_server_update, assign=None, networks=EXIT_MODELS,

@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import torch
 from tiny import few_digits
 
 import apfl
@@ -97,6 +98,11 @@ def result(out: Path) -> dict:
 def config(out: Path) -> dict:
     """Content of config.json."""
     return json.loads((out / "config.json").read_text())
+
+
+def checkpoint(out: Path) -> dict:
+    """Content of checkpoint.pt."""
+    return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
 # ------------------------------------------------------------------------ a run as another process

@@ -1,6 +1,9 @@
-"""Fixture of all tests."""
+"""Fixtures of all tests."""
+
+from pathlib import Path
 
 import pytest
+from commands import go
 
 import pictures
 
@@ -9,3 +12,17 @@ import pictures
 def coarse_pictures(monkeypatch):
     """Draw every picture, of few pixels."""
     monkeypatch.setattr(pictures, "DPI", 20)
+
+
+@pytest.fixture(scope="session")
+def run_of(tmp_path_factory):
+    """Function from flags to the folder of their run, which is made once and only read."""
+    made = {}
+
+    def folder_of(*flags: str) -> Path:
+        if flags not in made:
+            made[flags] = tmp_path_factory.mktemp("made") / "run"
+            go(made[flags], *flags)
+        return made[flags]
+
+    return folder_of

@@ -10,7 +10,6 @@ import random
 import shutil
 import socket
 import struct
-import zipfile
 from itertools import product
 
 import numpy as np
@@ -24,20 +23,16 @@ import data
 
 LEVELS = 256  # of a uint8 pixel
 SIZE = data.IMAGE_SIZE
-FILE_SIZE = 28  # pixels per side in the MNIST family's files
-
-
-def global_states() -> tuple:
-    return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
 
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
     """Switch the network off, and check that no test draws from a global generator."""
     monkeypatch.delattr(socket, "getaddrinfo")
-    before = global_states()
+    states = [(torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate())]
     yield
-    assert global_states() == before
+    states += [(torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate())]
+    assert states[0] == states[1]
 
 
 def complaint(call, *args) -> str:
@@ -80,21 +75,15 @@ def draw(stream) -> tuple:
     return tuple(stream.integers(2**31, size=4).tolist())
 
 
-@pytest.mark.parametrize("stream", [data.numpy_stream, data.torch_stream])
-def test_a_stream_is_repeatable_and_no_two_keys_share_one(stream):
+def test_a_stream_is_seeded_by_seed_purpose_round_and_client_and_shared_by_no_other_key():
     keys = list(product(range(3), repeat=4))
-    assert len({draw(stream(*key)) for key in keys}) == len(keys)
-    assert draw(stream(3, 6, 5, 7)) == draw(stream(3, 6, round=5, client=7))
-    assert draw(stream(3, 6)) == draw(stream(3, 6, round=0, client=0))
-
-
-def test_streams_are_seeded_by_seed_purpose_round_client_in_this_order():
-    key = np.random.SeedSequence([3, data.PARTITION, 5, 7])
-    assert draw(data.numpy_stream(3, data.PARTITION, 5, 7)) == draw(np.random.default_rng(key))
-    by_torch = torch_rng(int(key.generate_state(1, np.uint64)[0]))
-    assert draw(data.torch_stream(3, data.PARTITION, 5, 7)) == draw(by_torch)
-    by_purpose = data.streams(3, 5, 7)
-    assert draw(by_purpose(data.PARTITION)) == draw(data.torch_stream(3, data.PARTITION, 5, 7))
+    for stream in (data.numpy_stream, data.torch_stream):
+        assert len({draw(stream(*key)) for key in keys}) == len(keys)
+        assert draw(stream(3, 6)) == draw(stream(3, 6, round=0, client=0))
+    key = np.random.SeedSequence([3, 6, 5, 7])
+    assert draw(data.numpy_stream(3, 6, 5, 7)) == draw(np.random.default_rng(key))
+    expected = draw(torch_rng(int(key.generate_state(1, np.uint64)[0])))
+    assert draw(data.torch_stream(3, 6, 5, 7)) == draw(data.streams(3, 5, 7)(6)) == expected
 
 
 def test_the_numbers_of_the_purposes_are_those_of_the_published_results():
@@ -106,7 +95,7 @@ def test_the_numbers_of_the_purposes_are_those_of_the_published_results():
 
 # ------------------------------------------------------------------------------------------- digits
 
-def test_digits_have_fixed_sizes_and_types_and_belong_to_their_labels():
+def test_digits_have_fixed_sizes_are_stratified_and_disjoint_and_belong_to_their_labels():
     digits = data.load("digits")
     for images, labels, size in ((digits.x_train, digits.y_train, 1437),
                                  (digits.x_test, digits.y_test, 360)):  # fixed by the design
@@ -119,12 +108,8 @@ def test_digits_have_fixed_sizes_and_types_and_belong_to_their_labels():
     nearest = torch.cdist(digits.x_test.float().flatten(1), means).argmin(dim=1)
     assert (nearest == digits.y_test).float().mean() > 0.8  # chance is 0.1
 
-
-def test_digits_are_stratified_and_disjoint():
-    digits, counts = data.load("digits"), np.bincount(load_digits().target)
-    train, test = digits.y_train.bincount().numpy(), digits.y_test.bincount().numpy()
-    assert (train + test == counts).all()
-    assert (abs(test - counts * len(digits.y_test) / counts.sum()) < 1).all()
+    expected = np.bincount(load_digits().target) * 360 / 1797
+    assert (abs(digits.y_test.bincount().numpy() - expected) < 1).all()
     both = torch.cat([digits.x_train, digits.x_test]).flatten(1)
     assert len(both.unique(dim=0)) == len(both)
 
@@ -169,27 +154,26 @@ def write_cifar(folder, monkeypatch, kind, label_key, num_classes):
     return (*expected, classes)
 
 
-def write_idx(folder, prefix, images, labels):
+def write_idx(folder, prefixes, images, labels):
     """Write idx files: two zero bytes, 8 for bytes, the dimensions, big-endian sizes, bytes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for array, name in ((images, "images-idx3-ubyte"), (labels, "labels-idx1-ubyte")):
+    folder.mkdir(parents=True)
+    names = ("images-idx3-ubyte", "labels-idx1-ubyte")
+    for prefix, (array, name) in product(prefixes, zip((images, labels), names)):
         header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
         (folder / f"{prefix}-{name}").write_bytes(header + array.astype(np.uint8).tobytes())
 
 
 def write_fashionmnist(folder, monkeypatch):
-    images, labels = pixels(30, FILE_SIZE, FILE_SIZE), np.arange(30) % 10
-    for prefix in ("train", "t10k"):
-        write_idx(folder / "FashionMNIST" / "raw", prefix, images, labels)
+    images, labels = pixels(30, 28, 28), np.arange(30) % 10
+    write_idx(folder / "FashionMNIST" / "raw", ("train", "t10k"), images, labels)
     return images, labels, images, labels, torchvision.datasets.FashionMNIST.classes
 
 
 def write_emnist(folder, monkeypatch):
     """Write the letters' files, which count labels from 1 and store every image transposed."""
-    images, labels = pixels(52, FILE_SIZE, FILE_SIZE), np.arange(52) % 26
-    for part in ("train", "test"):
-        write_idx(folder / "EMNIST" / "raw", f"emnist-letters-{part}", images.transpose(0, 2, 1),
-                  labels + 1)
+    images, labels = pixels(52, 28, 28), np.arange(52) % 26
+    prefixes = ("emnist-letters-train", "emnist-letters-test")
+    write_idx(folder / "EMNIST" / "raw", prefixes, images.transpose(0, 2, 1), labels + 1)
     return images, labels, images, labels, list("abcdefghijklmnopqrstuvwxyz")
 
 
@@ -211,7 +195,8 @@ def test_original_files_are_read_once_and_then_from_one_cache_file(name, tmp_pat
     for path in originals:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert list(tmp_path.iterdir()) == [data.cache_path(name, tmp_path)]
-    assert same(first, data.load(name, tmp_path))
+    again = data.load(name, tmp_path)
+    assert same(first, again) and first.digest == again.digest != ""
 
 
 def test_a_damaged_cache_is_an_error_that_says_to_delete_it(tmp_path, monkeypatch):
@@ -238,13 +223,9 @@ SHORT = struct.pack(">HBB3Ih", 0, 11, 3, 1, 1, 1, 7)  # an idx file of 16-bit pi
 
 
 @pytest.mark.parametrize("name, file, content", [
-    ("svhn", None, b""), ("cifar100", None, b""), ("emnist", None, b""),
-    ("svhn", "test_32x32.mat", None), ("cifar10", "cifar-10-batches-py/train", None),
-    ("cifar100", "cifar-100-python/meta", None),
-    ("fashionmnist", "FashionMNIST/raw/train-images-idx3-ubyte", b""),
+    ("cifar100", None, b""), ("svhn", "test_32x32.mat", None),
     ("emnist", "EMNIST/raw/emnist-letters-train-images-idx3-ubyte", SHORT)])
-def test_missing_or_damaged_originals_are_an_error_and_are_not_unpickled(name, file, content,
-                                                                         tmp_path, monkeypatch):
+def test_no_damaged_original_is_unpickled(name, file, content, tmp_path, monkeypatch):
     sprung = tmp_path / "sprung"
     if file:
         WRITERS[name](tmp_path, monkeypatch)
@@ -269,21 +250,8 @@ def save(path, **changes) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("channels", [(), (1,), (3,)], ids=["N-H-W", "N-H-W-1", "N-H-W-3"])
-def test_an_npz_becomes_tensors_with_channels_first_and_numbered_classes(channels, tmp_path):
-    x_train, x_test = (pixels(n, SIZE, SIZE, *channels) for n in (12, 6))
-    loaded = data.load(save(tmp_path / "a.npz", x_train=x_train, x_test=x_test))
-    for images, x, labels in ((loaded.x_train, x_train, loaded.y_train),
-                              (loaded.x_test, x_test, loaded.y_test)):
-        assert images.shape[1] == (channels or (1,))[0] and images.is_contiguous()
-        assert np.array_equal(images.permute(0, 2, 3, 1), x.reshape(len(x), SIZE, SIZE, -1))
-        assert labels.tolist() == [n % 3 for n in range(len(x))] and labels.dtype == torch.int64
-    assert loaded.classes == ["0", "1", "2"]
-
-
 @pytest.mark.parametrize("pixel_type, label_type", [
-    ("int16", "uint8"), (">i4", "int8"), ("uint64", ">i2"), ("float16", "uint64"),
-    ("float32", "int32"), ("float64", "int64")])
+    (">i4", "int8"), ("uint64", ">i2"), ("float16", "uint64"), ("float64", "int64")])
 def test_numbers_of_any_type_become_the_nearest_level_and_an_int64_label(pixel_type, label_type):
     x, y = arrays()["x_train"], arrays()["y_train"]
     stored = x
@@ -294,9 +262,10 @@ def test_numbers_of_any_type_become_the_nearest_level_and_an_int64_label(pixel_t
                                        y_train=y.astype(label_type)))
     assert np.array_equal(loaded.x_train[:, 0], x) and loaded.x_train.dtype == torch.uint8
     assert loaded.y_train.tolist() == y.tolist() and loaded.y_train.dtype == torch.int64
+    assert loaded.classes == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("shape", [(5, 8, 8), (4, 64, 50, 3), (1100, 4, 6)])
+@pytest.mark.parametrize("shape", [(5, SIZE, SIZE, 1), (4, 64, 50, 3), (1100, 4, 6)])
 def test_images_are_resized_as_torchvision_does_it(shape):  # the last in two parts
     images = torch.from_numpy(pixels(*shape))
     channels_first = images.permute(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
@@ -305,18 +274,13 @@ def test_images_are_resized_as_torchvision_does_it(shape):  # the last in two pa
     assert torch.equal(data.to_images(images.numpy()), expected)
 
 
-def test_names_of_classes_may_be_bytes_and_have_line_breaks(tmp_path):
-    names = np.array([b"a cat", "Möwe".encode(), b"two\n lines"])
-    assert data.load(save(tmp_path / "a.npz", classes=names)).classes == ["a cat", "Möwe",
-                                                                          "two lines"]
-
-
-def test_integers_0_and_1_alone_are_warned_of(capsys):
-    masks = arrays()["x_train"] // 128
-    data.from_arrays(**arrays(x_train=masks))
-    assert "x_train holds no integers but 0 and 1" in capsys.readouterr().out
-    data.from_arrays(**arrays(x_train=masks.astype(np.float32)))
+def test_names_of_classes_may_be_bytes_and_integers_0_and_1_alone_are_warned_of(tmp_path, capsys):
+    names, masks = np.array(["Möwe".encode(), b"two\n lines", b"c"]), arrays()["x_train"] // 128
+    path = save(tmp_path / "a.npz", classes=names, x_train=masks.astype(np.float32))
+    assert data.load(path).classes == ["Möwe", "two lines", "c"]
     assert capsys.readouterr().out == ""
+    data.from_arrays(**arrays(x_train=masks))
+    assert "x_train holds only 0 and 1" in capsys.readouterr().out
 
 
 def test_a_digest_is_of_values_types_and_shapes():
@@ -328,30 +292,17 @@ def test_a_digest_is_of_values_types_and_shapes():
 
 WIDE = pixels(12, SIZE, SIZE).astype(float)
 BAD_ARRAYS = [
-    ({"y_train": np.arange(12), "classes": np.array(["a", "b", "c"])}, "y_train holds label 11"),
-    ({"y_test": np.array([0, 1, 2, 3, 0, 1])}, "y_test holds label 3"),  # without training image
-    ({"y_train": np.array([2**40] + [0, 1] * 5 + [2])}, "without gaps"),
-    ({"y_train": np.arange(12) % 2 * 2}, "class 1"),
+    ({"y_test": np.arange(6) % 3 - 1}, "y_test holds label -1, not in 0..2"),
     ({"classes": np.array(["a", "b", "c", "do\ndo"])}, "class 3 ('do do')"),
     ({"y_train": np.zeros(12, int), "y_test": np.zeros(6, int)}, "two classes"),
-    ({"y_train": np.arange(12) % 3 - 1}, "y_train holds label -1"),
-    ({"y_train": np.arange(12) % 3 / 1}, "float64"),
-    ({"y_train": np.arange(12) % 2 == 0}, "bool"),
-    ({"y_test": np.arange(6)[:, None] % 3}, "(6, 1)"),
-    ({"y_train": np.arange(11) % 3}, "11 labels for 12 images"),
+    ({"y_test": np.arange(6)[:, None] % 3}, "y_test is int64 (6, 1)"),
     ({"x_test": np.where(np.arange(6 * SIZE**2) == 9, np.nan, 0.0).reshape(6, SIZE, SIZE)}, "NaN"),
-    ({"x_train": np.full((12, SIZE, SIZE), np.inf)}, "infinite"),
     ({"x_train": WIDE}, "0..1"),
-    ({"x_train": WIDE / 255 - 0.5}, "0..1"),
-    ({"x_train": WIDE.astype(int) + 1}, "0..255"),
     ({"x_train": WIDE.astype(int) - 1}, "0..255"),
     ({"x_train": WIDE.astype(complex)}, "complex128"),
     ({"x_train": pixels(12, 3, SIZE, SIZE)}, "channels last"),
-    ({"x_test": pixels(6, SIZE, SIZE, 4)}, "C 1 or 3"),
-    ({"x_train": np.float32(0.5)}, "N x H x W"),
-    ({"x_train": pixels(12, 0, SIZE)}, "empty"),
     ({"x_test": pixels(0, SIZE, SIZE), "y_test": np.arange(0)}, "empty"),
-    ({"x_test": pixels(6, SIZE, SIZE, 3)}, "channels")]
+    ({"x_test": pixels(6, SIZE, SIZE, 3)}, "x_train has 1 channels, but x_test 3")]
 
 
 @pytest.mark.parametrize("changes, words", BAD_ARRAYS)
@@ -359,28 +310,16 @@ def test_arrays_that_cannot_be_used_are_an_error_that_says_why(changes, words):
     assert words in complaint(lambda: data.from_arrays(**arrays(**changes)))
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"x_train": None}, "has no x_train:"), ({"y_test": None, "x_test": None}, "no x_test, y_test"),
-    ({"y_test": np.arange(7) % 3}, "7 labels for 6 images")])
-def test_an_error_in_an_npz_names_the_file(changes, words, tmp_path):
-    path = save(tmp_path / "mine.npz", **changes)
-    message = complaint(data.load, path)
-    assert message.startswith(path) and words in message
-
-
-def trap_in_bare_members(path, trap):
-    with zipfile.ZipFile(path, "w") as archive:
-        for name in arrays():
-            archive.writestr(f"{name}.npy", pickle.dumps(trap))
+def test_an_error_in_an_npz_names_the_file(tmp_path):
+    path = save(tmp_path / "mine.npz", y_test=None, x_test=None)
+    assert complaint(data.load, path).startswith(f"{path} has no x_test, y_test:")
+    save(path, y_test=np.arange(7) % 3)
+    assert complaint(data.load, path) == f"{path}: y_test has 7 labels for 6 images"
 
 
 TRAPS = {
     "pickle": lambda path, trap: path.write_bytes(pickle.dumps(trap)),
-    "array": lambda path, trap: np.save(open(path, "wb"), np.array([trap]), allow_pickle=True),
-    "labels": lambda path, trap: save(path, y_test=np.array([trap] * 6, dtype=object)),
-    "bare-members": trap_in_bare_members,
-    "before-an-archive": lambda path, trap: path.write_bytes(
-        pickle.dumps(trap) + open(save(path), "rb").read())}
+    "labels": lambda path, trap: save(path, y_test=np.array([trap] * 6, dtype=object))}
 
 
 @pytest.mark.parametrize("write", TRAPS.values(), ids=TRAPS)
@@ -400,8 +339,7 @@ def test_a_truncated_or_damaged_archive_a_single_array_and_a_folder_are_errors(t
     np.save(single, pixels(12, SIZE, SIZE))
     damaged = bytearray(whole)
     damaged[200] ^= LEVELS - 1  # one pixel, which fails the checksum
-    truncated = [whole[:part * len(whole) // 6] for part in range(6)]
-    for content in (damaged, *truncated, single.getvalue(), single.getvalue() + whole):
+    for content in (damaged, b"", whole[:-1000], single.getvalue()):
         path.write_bytes(content)
         assert "expected an .npz written by numpy.savez" in complaint(data.load, str(path))
     folder.mkdir()
@@ -427,16 +365,13 @@ def test_statistics_agree_with_numpy_whatever_the_order_of_the_images():
     expected = chosen.mean(axis=(0, 2, 3)), chosen.std(axis=(0, 2, 3))
     expected[1][1] = 1  # the constant channel
     assert mean.shape == deviation.shape == (3, 1, 1)
-    assert mean.dtype == deviation.dtype == torch.float32
     np.testing.assert_allclose(mean.flatten(), expected[0], rtol=1e-6)
     np.testing.assert_allclose(deviation.flatten(), expected[1], rtol=1e-6)
     backwards = data.channel_statistics(images, rows.flip(0))
     assert torch.equal(mean, backwards[0]) and torch.equal(deviation, backwards[1])  # every bit
-
     x = data.standardise(images[rows], mean, deviation)
-    mean, deviation = (values[:, None, None] for values in expected)
-    assert x.dtype == torch.float32
-    np.testing.assert_allclose(x, (chosen - mean) / deviation, atol=1e-5)
+    expected = (chosen - mean.numpy()) / deviation.numpy()
+    np.testing.assert_allclose(x, expected, atol=1e-5)
 
 
 # No pixel equals the means, so a standardised pixel is 0 only where Cutout put it.
@@ -489,11 +424,10 @@ def crops_and_flips(image: np.ndarray, padding: int) -> dict:
 
 
 @pytest.mark.parametrize("padding, flip, outcomes", [
-    (0, False, {(0, 0, False)}), (0, True, {(0, 0, False), (0, 0, True)}),
+    (0, True, {(0, 0, False), (0, 0, True)}),
     (1, True, set(product(range(3), range(3), [False, True]))),
     (2, False, set(product(range(5), range(5), [False])))])
-def test_each_image_becomes_a_crop_or_mirror_image_of_itself_all_of_them_equally_often(
-        padding, flip, outcomes):
+def test_all_crops_and_mirror_images_are_equally_frequent(padding, flip, outcomes):
     images = torch.from_numpy(pixels(300, 3, 5, 7))
     x = augmented(images, padding=padding, flip=flip, hole=0)
     drawn = [crops_and_flips(before, padding)[after.tobytes()] for before, after in
@@ -527,10 +461,9 @@ def epochs_of(rows: torch.Tensor, batch_size: int, epochs: int, seed: int = 0) -
 
 
 @pytest.mark.parametrize("size, batch_size, expected", [
-    (12, 4, [4, 4, 4]), (12, 5, [5, 5, 2]), (3, 8, [3]), (2, 2, [2]),
-    (9, 4, [4, 4]), (11, 5, [5, 5]), (1, 4, [])])  # a lone last image is left out
-def test_each_epoch_visits_a_clients_images_once_in_batches_of_two_or_more(size, batch_size,
-                                                                           expected):
+    (12, 4, [4, 4, 4]), (12, 5, [5, 5, 2]), (3, 8, [3]),
+    (9, 4, [4, 4]), (1, 4, [])])  # a lone last image is left out
+def test_an_epoch_visits_each_image_once_in_batches_of_two_or_more(size, batch_size, expected):
     for epoch in epochs_of(ROWS[:size], batch_size, epochs=3):
         assert [len(batch) for batch in epoch] == expected
         visited = sum(epoch, [])
@@ -540,6 +473,5 @@ def test_each_epoch_visits_a_clients_images_once_in_batches_of_two_or_more(size,
 
 def test_the_order_differs_between_epochs_and_seeds_and_is_repeatable():
     first, second = epochs_of(ROWS, 4, epochs=2)
+    assert [first, second] == epochs_of(ROWS, 4, epochs=2) != epochs_of(ROWS, 4, epochs=2, seed=1)
     assert first != second
-    assert epochs_of(ROWS, 4, epochs=2) == [first, second]
-    assert epochs_of(ROWS, 4, epochs=2, seed=1) != [first, second]

@@ -30,7 +30,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole_apfl(tmp_path_factory):
-    """A run of AP-FL likewise."""
+    """A run of AP-FL that was never stopped, as (flags, lines, result)."""
     flags = ["--method", "apfl", *DROPOUT, *FEW, "--clients", "4", "--train-images", "120"]
     out = tmp_path_factory.mktemp("apfl")
     with pytest.MonkeyPatch.context() as patch:

@@ -11,8 +11,8 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from commands import APFL, CNN, RESNET10, ROOT, config, go, lines, make_small, refused
-from tiny import few_digits
+from commands import (APFL, CNN, RESNET10, ROOT, config, few_digits, go, lines, make_small,
+                      refused)
 
 import files
 import run
@@ -114,7 +114,7 @@ def test_other_embeddings_or_proxy_images_are_noticed(tmp_path, capsys, monkeypa
     flags = [flag for flag in APFL if flag not in ("--semantics", "segments")]
     go(out, *flags, "--semantics", str(path), "--rounds", "1")
     np.savez(path, classes=np.array([*"0123456789"]), embeddings=table[::-1])
-    error = refused(capsys, "--resume", "--rounds", "2", "--out", str(out))
+    error = refused(capsys, "--resume", "--semantics", str(path), "--out", str(out))
     assert "--semantics" in error and "is not what this run began with" in error
     images, out = copy_of_digits(tmp_path), tmp_path / "feddf"
     go(out, *CNN, "--method", "feddf", "--distillation-steps", "1", "--proxy", str(images),
@@ -148,11 +148,10 @@ def test_a_checkpoint_that_is_damaged_or_of_another_run_is_refused(tmp_path, cap
 
 def test_a_setting_that_cannot_be_is_noticed(tmp_path, capsys):
     go(tmp_path, *FEDAVG, "--rounds", "1")
-    settings = config(tmp_path)
     wrong = [("rounds", "3"), ("rounds", 0), ("lr", "fast"), ("lr", None), ("seed", 1.5),
              ("clients", True), ("model", "vgg"), ("method", 3), ("aggregation", ["layerwise"]),
              ("partition", "random")]
-    texts = [json.dumps(settings | {name: value}) for name, value in wrong]
+    texts = [json.dumps(config(tmp_path) | {name: value}) for name, value in wrong]
     for text in (*texts, "{", "[]", '{"method": "fedin", "rounds": 3}', '{"method": []}'):
         (tmp_path / "config.json").write_text(text)
         assert "config.json is damaged" in refused(capsys, "--resume", "--out", str(tmp_path)), text

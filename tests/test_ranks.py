@@ -9,49 +9,53 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from commands import DROPOUT, FEW, RESNET10, ROOT, lines, result
+from commands import CNN, DROPOUT, FEW, ROOT, SMALL, lines, make_small, result
 
 import ranks
 import run
 
-# Rank 1 does something for both, a run is refused, and another is carried out.
-SHARES = """
-import sys
+APFL = [*DROPOUT, "--method", "apfl", "--clients", "4", "--train-images", "120", *FEW]
+MOON = [*CNN, "--method", "moon", "--rounds", "3"]
+PROGRAM = """
+import os, signal, sys
 sys.path.insert(0, {root!r})
-import ranks, run
+import apfl, federation, generator, ranks, run
 
+def train_client(experiment, update, task, train=federation.train_client):
+    if experiment.settings["method"] == "moon" and task.number == 2 and ranks.number() == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train(experiment, update, task)
+
+federation.train_client = train_client
+generator.WIDTHS, apfl.BETA_TEST_IMAGES = {small}
+
+# Rank 1 works for both
 ranks.join()
-ranks.join = lambda: None
+ranks.join = ranks.leave = lambda: None
 assert ranks.on_rank(1, lambda: {{"rank": ranks.number()}}) == {{"rank": 1}}
 try:
     ranks.on_rank(1, lambda: 1 / 0)
     raise AssertionError("the error has not travelled")
 except ZeroDivisionError as error:
     assert "<lambda>" in ranks.traceback_of(error)
-assert run.main(["--clients", "5000", "--out", {refused!r}]) == 2
-sys.exit(run.main())
-"""
-DIES = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import federation, ranks, run
 
-def train_client(experiment, update, task, train=federation.train_client):
-    if task.number == 2 and ranks.number() == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return train(experiment, update, task)
-
-federation.train_client = train_client
-status = run.main()
-os._exit(status)
+# A run is refused, one ends, in one rank 0 dies
+assert run.main(["--clients", "5000", "--out", {out!r} + "/refused"]) == 2
+assert run.main([*{apfl}, "--out", {out!r} + "/apfl"]) == 0
+ranks.on_rank(0, lambda: ranks._store.delete_key("speaker"))
+os._exit(run.main([*{moon}, "--out", {out!r} + "/moon"]))
 """
 
 
-def torchrun(program, text: str, *flags: str) -> subprocess.CompletedProcess:
-    """Run a program on two processes."""
-    program.write_text(text)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Output of PROGRAM on two processes, and the folder of its runs."""
+    out = tmp_path_factory.mktemp("two")
+    program, flags = out / "program.py", ["--workers", "1"]
+    program.write_text(PROGRAM.format(root=str(ROOT), out=str(out), small=SMALL,
+                                      apfl=APFL + flags, moon=MOON + flags))
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                           str(program), *flags, "--workers", "1"], text=True, capture_output=True)
+                           str(program)], text=True, capture_output=True), out
 
 
 def test_work_is_dealt_out_by_its_cost(monkeypatch):
@@ -82,31 +86,28 @@ def test_one_process_speaks_and_cores_are_shared_by_all(monkeypatch):
     assert [ranks.share_of_cores(cores) for cores in (2, 6, 8)] == [1, 1, 2]
 
 
-def test_two_processes_leave_what_one_does(tmp_path):
+def test_two_processes_leave_what_one_does(two, tmp_path, monkeypatch):
     """AP-FL with a dropout client: rounds, late training, generator, friends, all evaluations."""
-    flags = [*DROPOUT, "--method", "apfl", "--train-images", "120", *FEW]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert run.main([*flags, "--out", str(one)]) == 0
-    text = SHARES.format(root=str(ROOT), refused=str(tmp_path / "refused"))
-    done = torchrun(tmp_path / "shares.py", text, *flags, "--out", str(two))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("error: ") == 1 and not (tmp_path / "refused").exists()
+    make_small(monkeypatch)
+    done, folder = two
+    assert run.main([*APFL, "--out", str(tmp_path)]) == 0
     assert "in each of 2 processes" in done.stdout and done.stdout.count("written to") == 1
-    assert lines(one) == lines(two) and result(one) == result(two)
-    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    assert lines(folder / "apfl") == lines(tmp_path), done.stderr
+    assert result(folder / "apfl") == result(tmp_path)
+    assert {path.name for path in (folder / "apfl").iterdir()} == {
+        path.name for path in tmp_path.iterdir()}
 
 
-def test_a_process_that_dies_ends_the_run_in_one_line_and_any_number_resumes(tmp_path):
-    flags = [*RESNET10, "--method", "moon", "--rounds", "3"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    died = torchrun(tmp_path / "dies.py", DIES.format(root=str(ROOT)), *flags, "--out", str(parts))
-    assert died.returncode != 0
-    (error,) = [line for line in died.stderr.splitlines() if line.startswith("error: ")]
-    assert "another process of this run has ended" in error
-    assert f"--resume --out {parts}" in error and len(lines(parts)) == 1
-    assert run.main(["--resume", "--out", str(parts)]) == 0
-    assert run.main([*flags, "--out", str(whole)]) == 0
-    assert lines(parts) == lines(whole)
+def test_a_process_that_dies_ends_the_run_in_one_line_and_any_number_resumes(two, tmp_path):
+    done, folder = two
+    out = folder / "moon"
+    refused, died = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "clients" in refused and not (folder / "refused").exists() and done.returncode != 0
+    assert "another process of this run has ended" in died
+    assert f"--resume --out {out}" in died and len(lines(out)) == 1
+    assert run.main(["--resume", "--out", str(out)]) == 0
+    assert run.main([*MOON, "--out", str(tmp_path)]) == 0
+    assert lines(out) == lines(tmp_path)
 
 
 def test_an_error_of_any_class_can_travel():

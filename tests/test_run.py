@@ -1,67 +1,54 @@
-"""The command line from outside: what a run writes, repeats and refuses; methods; the layout."""
+"""The command line from outside: settings, files and numbers of a run, refusals, all methods."""
 
 import ast
 import inspect
-import io
 import json
-import math
 import pickle
 import platform
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stdout
-from functools import partial
+import tokenize
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from commands import (CNN, RESNET10, RESNETS, ROOT, checkpoint, config, experiment_of, go, lines,
+                      participants, refused, result)
+from tiny import few_digits
 
 import apfl
 import baselines
 import data
+import federation
+import fedgen
 import fedin
+import files
 import generator
 import models
 import run
-from baselines import Flag
-from commands import (CNN, RESNET10, RESNETS, ROOT, config, go, lines, participants, refused,
-                      start)
-from tiny import few_digits
+import widths
+from settings import command_line, implied_flags, typed_as
 
-WIDTH_METHODS = [name for name, method in run.METHODS.items() if method.networks == "-widths"]
+TWO_ROUNDS = ["--rounds", "2", "--eval-every", "2"]
 
 
-# ------------------------------------------------------------------------------- what a run writes
+# --------------------------------------------------------------------------------- files of a run
 
-
-@pytest.fixture(scope="module")
-def five_resnets(tmp_path_factory):
-    """A run of FedIN's five networks, read by several tests: its flags, folder and output."""
-    out = tmp_path_factory.mktemp("resnets") / "a" / "run"
-    flags = [*RESNETS, *"--rounds 2 --eval-every 2 --noise 0.5 --augment".split()]
-    shown = io.StringIO()
-    with redirect_stdout(shown):
-        go(out, *flags, "--workers", "1")
-    return flags, out, shown.getvalue()
-
-
-def test_a_run_says_what_it_does_and_where_its_files_are(five_resnets):
-    _, out, shown = five_resnets
-    for text in ("fedin on", "3 of 5 clients", "resnet26", "17,446,090", "traffic: about", "2/2",
-                 str(out), "checkpoint.pt"):
-        assert text in shown
-
-
-def test_a_run_leaves_its_files(tmp_path, capsys):
+def test_a_run_says_what_it_does_and_leaves_its_files(tmp_path, capsys):
     out = tmp_path / "a" / "run"
-    entries = go(out, *CNN, "--rounds", "3", "--eval-every", "2", "--seed", "7")
-    assert capsys.readouterr().err == ""
+    before = torch.get_rng_state(), str(np.random.get_state())
+    entries = go(out, *CNN, "--rounds", "3", "--eval-every", "2", "--seed", "7", "--noise", "0.5")
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == str(np.random.get_state())
+    shown = capsys.readouterr()
+    assert shown.err == "" and all(text in shown.out for text in (
+        "fedin on", "3 of 5 clients", "cnn: 876,938 parameters", "traffic: about", "3/3", str(out)))
     assert {path.name for path in out.iterdir()} == {
         "config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "curves.png"}
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert [entry["round"] for entry in entries] == [2, 3]
     raw = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
     assert raw.keys() == {"round", "accuracy", "personal_accuracy", "loss", "upload_mb",
@@ -69,758 +56,405 @@ def test_a_run_leaves_its_files(tmp_path, capsys):
     assert all(0 <= raw[name] <= 100 for name in ("accuracy", "personal_accuracy"))
     assert raw["samples"] == 3 * 24  # participants x images, one epoch
 
-    settings = config(out)
-    assert settings["method"] == "fedin" and settings["seed"] == 7 and settings["mu"] == 0.1
+    settings, saved, final = config(out), checkpoint(out), result(out)
+    assert {"method": "fedin", "seed": 7, "mu": 0.1}.items() <= settings.items()
     assert settings["versions"] == {"python": platform.python_version(),
                                     "torch": torch.__version__,
-                                    "torchvision": torchvision.__version__}
-    assert settings["device"] and "out" not in settings and "resume" not in settings
-
-    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+                                    "torchvision": torchvision.__version__.split("+")[0]}
+    assert settings["device"] and not {"out", "resume"} & settings.keys()
     assert saved["round"] == 3 and saved["memory"] == {}
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-    final = json.loads((out / "result.json").read_text())
     best = max(entries, key=lambda entry: entry["accuracy"])
     assert final["accuracy"] == entries[-1]["accuracy"] and final["rounds"] == 3
     assert (final["best_accuracy"], final["best_round"]) == (best["accuracy"], best["round"])
     assert final["last10_accuracy"] == sum(entry["accuracy"] for entry in entries) / 2
-    assert final["samples"] == 3 * 3 * 24 and final["images_per_second"] > 0
+    assert final["samples"] == 3 * 3 * 24
 
 
-def test_defaults_are_fedin_on_digits_and_the_settings_are_the_papers():
-    assert {"method": "fedin", "dataset": "digits", "setting": "quick", "clients": 10,
-            "participation": 0.5, "rounds": 10, "local_epochs": 1, "batch_size": 16, "lr": 4e-4,
-            "optimizer": "adam", "alpha": 0.5, "model": "resnets", "eval_every": 1, "mu": 0.1,
-            "noise": 0.0, "projection": "simplified", "aggregation": "layerwise",
-            "feature_batch_size": 16, "feature_batches": 1, "threads": 1, "checkpoint_every": 1,
-            }.items() <= run.resolve({}).items()
-    paper = run.resolve({"dataset": "svhn"})
-    assert {"setting": "fedin", "clients": 100, "participation": 0.1, "rounds": 500,
-            "local_epochs": 5, "batch_size": 16, "lr": 1e-3, "optimizer": "adam", "alpha": 0.5,
-            "model": "resnets", "eval_every": 5}.items() <= paper.items()
-    local = run.resolve({"dataset": "cifar10", "method": "local"})
-    assert {"setting": "apfl", "clients": 10, "participation": 1, "rounds": 50, "local_epochs": 20,
-            "batch_size": 50, "lr": 2e-4, "alpha": 0.1, "model": "cnn", "eval_every": 1,
-            }.items() <= local.items()
-    quick = run.resolve({"method": "local"})
-    assert {"participation": 1, "local_epochs": 5, "batch_size": 50, "model": "cnn", "lr": 4e-4,
-            "rounds": 10}.items() <= quick.items()
-    widths = run.resolve({"dataset": "svhn", "method": "fedrolex"})
-    assert {"setting": "fedin", "model": "resnet152-widths"}.items() <= widths.items()
-    assert run.resolve({"method": "heterofl"})["model"] == "resnet18-widths"
-    feddf = run.resolve({"method": "feddf"})
-    assert {"model": "cnn", "participation": 1, "distillation_steps": 50, "proxy": "holdout",
-            }.items() <= feddf.items()
-    assert run.resolve({"method": "feddf", "dataset": "emnist"})["distillation_steps"] == 500
-    assert run.resolve({"method": "fedgen", "dataset": "emnist"})["setting"] == "apfl"
-    assert run.resolve({"method": "moon"})["mu"] == 1
-    assert run.resolve({"method": "fedprox"})["mu"] == 0.1
-    assert run.resolve({"method": "fedprox", "setting": "apfl"})["mu"] == 0.01
+def test_a_round_lasts_as_long_as_its_slowest_participant_and_totals_are_sums(run_of):
+    out = run_of(*CNN, "--rounds", "2")
+    entries, final = lines(out), result(out)
+    speeds = experiment_of(config(out)).speeds
+    assert all(1 <= speed <= federation.SPEED_SPREAD for speed in speeds) and len(set(speeds)) == 5
+    first, second = (24 / min(speeds[k] for k in participants(config(out), t)) for t in (1, 2))
+    assert [entry["clock"] for entry in entries] == pytest.approx([first, first + second])
+    for name in ("upload_mb", "download_mb", "samples"):
+        assert final[name] == pytest.approx(sum(entry[name] for entry in entries))
 
 
-def test_every_setting_of_a_method_reaches_one_of_its_functions():
-    for name, method in run.METHODS.items():
-        settings = run.resolve({"method": name} | ({"noise": 0.8} if name == "fedin" else {}))
-        bound = baselines.bind(method, settings)
-        functions = [*bound.stages.values(), *filter(callable, bound)]
-        reached = {keyword for function in functions for keyword in function.keywords}
-        elsewhere = {"ablate", "lambda", "semantics", "word_vectors", "proxy"}
-        own = {flag for flag in method.defaults if run.FLAGS[flag].default is baselines.NOT_SAID}
-        assert own - elsewhere <= reached
-        assert ("balance" in reached) == ("lambda" in settings)
-        assert {"local_epochs", "batch_size"} <= reached
+def test_fedin_learns_colour_images_of_a_file(tmp_path):
+    rng, labels = np.random.default_rng(0), np.arange(60) % 3
+    images = np.clip(80 * labels[:, None, None, None] + rng.normal(40, 9, (60, 20, 24, 3)), 0, 255)
+    np.savez(tmp_path / "mine.npz", x_train=images.astype(np.uint8), y_train=labels,
+             x_test=images[:9].astype(np.uint8), y_test=labels[:9], classes=["low", "mid", "high"])
+    entries = go(tmp_path / "out", "--dataset", str(tmp_path / "mine.npz"), *CNN[2:],
+                 "--train-images", "60", *"--clients 3 --rounds 3 --batch-size 5".split())
+    assert entries[-1]["accuracy"] > 60 and entries[-1]["loss"] < entries[0]["loss"] / 2
+    assert config(tmp_path / "out")["input"]["classes"] == ["low", "mid", "high"]
+
+
+# --------------------------------------------------------------------------- settings and defaults
+
+APFLS = ("apfl", "local", "fedavg-ft", "fedgen", "feddf")  # methods in AP-FL's tables alone
+DEFAULTS = [  # flags as typed, and others as the run has them
+    ("", "--method fedin --dataset digits --setting quick --clients 10 --participation 0.5 "
+     "--rounds 10 --local-epochs 1 --batch-size 16 --lr 4e-4 --optimizer adam --partition dirichlet "
+     "--alpha 0.5 --model resnets --eval-every 1 --mu 0.1 --noise 0 --projection simplified "
+     "--aggregation layerwise --feature-batch-size 16 --feature-batches 1 --threads 1 "
+     "--checkpoint-every 1"),
+    ("--dataset svhn", "--setting fedin --clients 100 --participation 0.1 --rounds 500 "
+     "--local-epochs 5 --batch-size 16 --lr 1e-3 --optimizer adam --alpha 0.5 --model resnets "
+     "--eval-every 5"),
+    ("--dataset cifar10 --method local", "--setting apfl --clients 10 --participation 1 "
+     "--rounds 50 --local-epochs 20 --batch-size 50 --lr 2e-4 --optimizer adam --alpha 0.1 "
+     "--model cnn --eval-every 1"),
+    *((f"--method {method}", "--setting quick --participation 1 --local-epochs 5 --batch-size 50 "
+       "--model cnn --lr 4e-4 --rounds 10") for method in APFLS),
+    *((f"--method {method} --dataset emnist", "--setting apfl") for method in APFLS),
+    *((f"--method {method}", "--model resnet18-widths") for method in widths.METHODS),
+    ("--method fedrolex --dataset svhn", "--model resnet152-widths"),
+    ("--method feddf", "--distillation-steps 50 --proxy holdout"),
+    ("--method feddf --setting apfl", "--distillation-steps 500"),
+    ("--method fedprox", "--mu 0.1"), ("--method fedprox --setting apfl", "--mu 0.01"),
+    ("--method moon", "--mu 1"), ("--method apfl --dataset svhn", "--semantics segments"),
+    ("--method apfl --dataset cifar10", "--semantics clip --synthetic-per-class 600 "
+     "--friend-epochs 20 --lambda 0.5 --beta-on client"),
+    ("--missing-classes 0.2", "--partition pathological"), ("--ablate opt", "--projection sum")]
+
+
+@pytest.mark.parametrize("typed, expected", DEFAULTS)
+def test_defaults_are_the_papers(typed, expected):
+    typed, expected = (run.read_command_line(flags.split()) for flags in (typed, expected))
+    assert expected.items() <= run.resolve(typed).items()
 
 
 def test_workers_are_as_many_as_cores_but_no_more_than_participants(monkeypatch):
-    monkeypatch.setattr(run, "num_cores", lambda: 64)
-    assert run.resolve({"device": "cpu", "clients": 20, "participation": 0.25})["workers"] == 5
-    monkeypatch.setattr(run, "num_cores", lambda: 2)
-    assert run.resolve({"device": "cpu", "clients": 20, "participation": 0.25})["workers"] == 2
+    for cores, workers in ((64, 5), (2, 2)):
+        monkeypatch.setattr(run, "num_cores", lambda cores=cores: cores)
+        settings = run.resolve({"device": "cpu", "clients": 20, "participation": 0.25})
+        assert settings["workers"] == workers
 
 
-@pytest.mark.parametrize("wrong", [{"loss": math.inf}, {"kept": {"w": torch.tensor(math.nan)}},
-                                   {"update": [torch.tensor(-math.inf)]}])
-def test_what_is_not_finite_is_noticed_wherever_it_is(wrong):
-    experiment = run.prepare_experiment(run.resolve({"model": "cnn", "train_images": 200}))
-    task = baselines.Task(experiment.clients[3], 1, None)
-    fine = baselines.Result([torch.ones(2)], 1.0, 1, {"w": torch.ones(1)})
-    assert run.train_client(experiment, lambda *_: fine, task) == fine
-    with pytest.raises(FloatingPointError, match="client 3"):
-        run.train_client(experiment, lambda *_: fine._replace(**wrong), task)
+@pytest.mark.parametrize("name, missing, expected", [
+    ("gray", 0.1, (0.1, 2)), ("colour", 0.1, (0.01, 2)), ("many", 0.1, (0.1, 6))])
+def test_settings_that_depend_on_the_data(name, missing, expected, tmp_path, monkeypatch):
+    classes, shape = 26 if name == "many" else 10, (8, 8, 3) if name == "colour" else (8, 8)
+    y, x = np.arange(5 * classes) % classes, np.zeros((5 * classes, *shape), np.uint8)
+    np.savez(tmp_path / "data.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    monkeypatch.chdir(tmp_path)
+    typed = {"method": "apfl", "dataset": "data.npz", "setting": "quick",
+             "missing_classes": missing, "semantics": "onehot"}
+    try:
+        settings, split, _, _ = run.read_inputs(typed, tmp_path / "out", False)
+    finally:
+        files.release()
+    assert (settings["beta"], settings["classes_per_client"]) == expected
+    gone = round(missing * classes)
+    assert split.dropouts == [9] and split.unseen == list(range(classes - gone, classes))
 
 
-def test_the_servers_training_has_a_stream_of_its_round():
-    seeds = []
-
-    def distil(server, updates, build, stream):
-        seeds.append(stream(data.GENERATOR_NOISE).initial_seed())
-        return server
-
-    experiment = run.prepare_experiment(run.resolve({"model": "cnn", "train_images": 200}))
-    method = experiment.method._replace(distil=distil, server_update=lambda server, updates: server)
-    experiment = experiment._replace(method=method, train=lambda update, tasks: {
-        task.client.id: baselines.Result(None, 1.0, 1) for task in tasks})
-    server = run.first_progress(experiment).server
-    for t in (1, 2):
-        run.train_round(experiment, t, server, {})
-    assert seeds == [data.torch_stream(0, data.GENERATOR_NOISE, t).initial_seed() for t in (1, 2)]
+@pytest.mark.parametrize("name", run.METHODS)
+def test_every_flag_of_a_method_reaches_one_of_its_functions(name):
+    method = run.METHODS[name]
+    reached = {parameter.name for function in method if callable(function)
+               for parameter in inspect.signature(function).parameters.values()
+               if parameter.kind is parameter.KEYWORD_ONLY}
+    # These are read by run.resolve, settings.py, federation.py and partitions.py.
+    elsewhere = {"setting", "model", "ablate", "lambda", "proxy"}
+    assert method.defaults.keys() - elsewhere <= reached
+    assert ("balance" in reached) == ("lambda" in method.defaults)
+    assert ("proxy" in reached) == ("proxy" in method.defaults)
+    assert {"local_epochs", "batch_size"} <= reached
 
 
-def test_participants_are_rounded_and_at_least_one():
-    assert run.num_participants({"participation": 0.1, "clients": 100}) == 10
-    assert run.num_participants({"participation": 0.01, "clients": 10}) == 1
-    experiment = run.prepare_experiment(run.resolve({"seed": 1, "partition": "iid"}))
-    chosen = [run.draw_participants(experiment, t) for t in (1, 1, 2)]
-    assert chosen[0] == chosen[1] != chosen[2]
-    assert len(set(chosen[0])) == 5 and chosen[0] == sorted(chosen[0])
-    assert chosen[2] == participants(experiment.settings, 2)
+def test_every_other_flag_is_read_by_name():
+    text = "".join((ROOT / f"{name}.py").read_text() for name in
+                   ("run", "federation", "partitions", "files"))
+    read = set(re.findall(r'settings(?:\.get\(|\[)"(\w+)"', text))
+    assert {*run.COMMON, *run.SETTINGS["quick"]} - read <= {"method", "dataset", "batch_size"}
+    assert all(values.keys() == run.SETTINGS["quick"].keys() for values in run.SETTINGS.values())
 
 
-def test_traffic_is_the_bytes_of_what_was_sent(five_resnets):
-    _, out, _ = five_resnets
-    settings = config(out)
-    archs = models.MODELS["resnets"]
-    meta = [models.build_empty(models.architecture_of(k, 5, archs), 1, 10, torch.device("meta"))
-            for k in range(5)]
-    sizes = [sum(4 * p.numel() for p in net.parameters()) +  # weights, running statistics, counters
-             sum(8 * b.numel() if b.dtype == torch.int64 else 4 * b.numel() for b in net.buffers())
-             for net in meta]
-    row = 4 * 4608  # bytes of the features of an image; a client sends its twelve, receives 16
-    first, second = (sum(sizes[k] for k in participants(settings, t)) for t in (1, 2))
-    (entry,), final = lines(out), json.loads((out / "result.json").read_text())
-    assert entry["upload_mb"] == pytest.approx((second + 3 * 12 * row) / 1e6, abs=1e-9)
-    assert entry["download_mb"] == pytest.approx((second + 3 * 16 * row) / 1e6, abs=1e-9)
-    both = first + second  # and in round 1 nobody has features to receive
-    assert final["download_mb"] == pytest.approx((both + 3 * 16 * row) / 1e6, abs=1e-9)
-    assert final["upload_mb"] == pytest.approx((both + 2 * 3 * 12 * row) / 1e6, abs=1e-9)
+CASES = [{"method": method, "dataset": dataset} for method in run.METHODS
+         for dataset in ("digits", "svhn")]
+CASES += [{"ablate": ["in", "prox"]}, {"noise": 0.8}, {"optimizer": "sgd", "momentum": 0.9},
+          {"partition": "pathological", "classes_per_client": 3}, {"augment": True, "amp": True},
+          {"method": "apfl", "missing_classes": 0.2, "aggregation": "async", "beta": 0.5},
+          {"method": "fedprox", "model": "cnn", "aggregation": "async", "staleness": "hinge"},
+          {"method": "feddf", "distillation_steps": 0}, {"train_images": 100, "seed": 2**32 - 1}]
 
 
-def test_accuracies_are_those_of_the_models_that_the_clients_use(tmp_path):
-    last = go(tmp_path, *CNN, "--method", "local", "--partition", "dirichlet", "--rounds", "2",
-              "--participation", "0.4")[-1]
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert 0 < len(saved["memory"]) < 5  # some clients still use the initial weights
-    experiment = run.prepare_experiment(config(tmp_path))
-    x = data.standardise(experiment.data.x_test, *experiment.statistics)
-    net, on_all, on_own = models.build("cnn", 1, 10).eval(), [], []
-    for k in range(5):
-        net.load_state_dict(saved["memory"].get(k, saved["server"]["weights"]["cnn"]))
-        with torch.no_grad():
-            right = (net(x).argmax(1) == experiment.data.y_test).double()
-        on_all.append(right.mean().item())
-        on_own.extend(right[experiment.test_shares[k]].tolist())
-    assert last["accuracy"] == pytest.approx(100 * sum(on_all) / 5)
-    assert last["personal_accuracy"] == pytest.approx(100 * sum(on_own) / len(on_own))
-    assert len(on_own) == 40 and last["accuracy"] != last["personal_accuracy"]
+def typed_again(settings: dict) -> dict:
+    """Settings of the command line that types each of these settings, but for implied ones."""
+    flags = {name: value for name, value in settings.items() if value is not None
+             and value is not False and value != [] and name not in implied_flags(settings)}
+    return run.resolve(run.read_command_line(command_line(flags)))
 
 
-def test_a_round_lasts_as_long_as_its_slowest_participant(tmp_path):
-    entries = go(tmp_path, *CNN, "--rounds", "2")
-    settings = config(tmp_path)
-    speeds = run.prepare_experiment(settings).speeds
-    assert all(1 <= speed <= apfl.SPEED_SPREAD for speed in speeds) and len(set(speeds)) == 5
-    slowest = [min(speeds[k] for k in participants(settings, t)) for t in (1, 2)]
-    assert entries[0]["clock"] == pytest.approx(24 / slowest[0])
-    assert entries[1]["clock"] == pytest.approx(24 / slowest[0] + 24 / slowest[1])
+@pytest.mark.parametrize("typed", CASES, ids=str)
+def test_typing_every_setting_gives_the_settings_again(typed, tmp_path):
+    settings = run.resolve(typed)
+    assert typed_again(settings) == settings
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert run.settings_to_resume(tmp_path, {}) == settings
 
 
-def test_fedin_learns_the_digits(tmp_path):
-    entries = go(tmp_path, "--dataset", few_digits(), "--setting", "quick", "--model", "cnn",
-                 "--partition", "iid", "--clients", "2", "--participation", "1", "--rounds", "3")
-    assert entries[-1]["accuracy"] > 60  # chance is 10
-    assert entries[-1]["loss"] < entries[0]["loss"] / 2
+@pytest.mark.parametrize("name", [*run.resolve({}), "other"])
+def test_a_damaged_setting_is_noticed_on_resume(name, tmp_path):
+    """Whatever is not refused is a setting that can be typed."""
+    for value in (None, True, -1, "x", "--help", ["in"], {}, ...):
+        damaged = {key: item for key, item in (run.resolve({}) | {name: value}).items()
+                   if item is not ...}
+        (tmp_path / "config.json").write_text(json.dumps(damaged))
+        try:
+            settings = run.settings_to_resume(tmp_path, {})
+        except ValueError as error:
+            assert "config.json is damaged" in str(error) or "--device" in str(error)
+        else:
+            assert settings.pop("other", None) is None
+            assert typed_again(settings) == settings, value
 
 
 # ------------------------------------------------------- switched off is the method that is left
 
-
-def test_fedin_without_in_is_fedprox_and_without_prox_too_fedavg(tmp_path):
-    def entries(name, *flags):
-        go(tmp_path / name, *flags, "--rounds", "2", "--eval-every", "2")
-        text = (tmp_path / name / "metrics.jsonl").read_text()
-        return re.sub(r', "seconds": [0-9.]+', "", text)
-
-    prox = entries("prox", *RESNET10, "--method", "fedprox")
-    assert entries("in", *RESNET10, "--ablate", "in") == prox
-    average = entries("average", *CNN, "--method", "fedavg")
-    assert entries("in-prox", *CNN, "--ablate", "in", "prox") == average
-    assert entries("mu-zero", *CNN, "--method", "fedprox", "--mu", "0") == average
-    assert entries("mu", *CNN, "--method", "fedprox") != average
+@pytest.mark.parametrize("base, flags, others", [
+    (RESNET10, "--ablate in", "--method fedprox"), (CNN, "--ablate in prox", "--method fedavg"),
+    (CNN, "--ablate opt", "--projection sum"), (CNN, "--noise 0", ""),
+    *((CNN, flags, "--method fedavg") for flags in (
+        "--method fedprox --mu 0", "--method moon --mu 0",
+        "--method feddf --distillation-steps 0"))])
+def test_switched_off_a_method_is_the_one_that_is_left(base, flags, others, run_of):
+    one, other = (run_of(*base, "--rounds", "2", *words.split()) for words in (flags, others))
+    assert lines(one) == lines(other)
 
 
-def test_noise_zero_is_no_noise_and_ablate_opt_is_the_plain_sum(tmp_path):
-    plain = go(tmp_path / "plain", *CNN, "--rounds", "2")
-    assert go(tmp_path / "quiet", *CNN, "--rounds", "2", "--noise", "0") == plain
-    assert go(tmp_path / "noisy", *CNN, "--rounds", "2", "--noise", "0.8") != plain
-    opt = go(tmp_path / "opt", *CNN, "--rounds", "2", "--ablate", "opt")
-    assert go(tmp_path / "sum", *CNN, "--rounds", "2", "--projection", "sum") == opt != plain
+def test_each_option_makes_a_difference(run_of):
+    options = ["", "--projection exact", "--projection sum", "--feature-batches 2", "--augment",
+               "--feature-batch-size 8", "--mu 5", "--ablate prox", "--noise 0.8",
+               "--noise 0.8 --noise-on upload", "--optimizer sgd", "--seed 1",
+               "--optimizer sgd --momentum 0.9", "--optimizer sgd --weight-decay 0.1",
+               "--method fedavg", "--method fedprox", "--method moon"]
+    losses = {option: [entry["loss"] for entry in lines(run_of(*CNN, "--rounds", "2",
+                                                               *option.split()))]
+              for option in options}
+    assert len(set(map(str, losses.values()))) == len(options), losses
 
 
-@pytest.fixture(scope="module")
-def plain_fedin(tmp_path_factory):
-    """The lines of a run of FedIN without options."""
-    return go(tmp_path_factory.mktemp("plain") / "out", *CNN, "--rounds", "2")
+# ----------------------------------------------------------------------------- repeatable, equal
+
+def test_any_number_of_workers_gives_the_same_bytes(run_of):
+    flags = [*RESNET10, *TWO_ROUNDS, "--noise", "0.5", "--augment", "--workers"]
+    one, two = run_of(*flags, "1"), run_of(*flags, "2")
+    assert lines(one) == lines(two)
+    pairs = zip(*(models.tensors_in(checkpoint(out)["server"]) for out in (one, two)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("flags", ["--projection exact", "--feature-batches 2", "--augment",
-                                   "--feature-batch-size 8", "--optimizer sgd", "--mu 5"])
-def test_an_option_makes_a_difference(flags, tmp_path, plain_fedin):
-    assert go(tmp_path, *CNN, "--rounds", "2", *flags.split()) != plain_fedin
+def test_participants_are_rounded_at_least_one_and_equal_for_all_methods():
+    assert federation.num_participants({"participation": 0.1, "clients": 100}) == 10
+    assert federation.num_participants({"participation": 0.01, "clients": 10}) == 1
+    chosen = {}
+    for method in run.METHODS:
+        settings = run.resolve({"method": method, "dataset": few_digits(), "setting": "quick",
+                                "train_images": 300, "participation": 0.5, "seed": 1,
+                                **({"semantics": "onehot"} if method == "apfl" else {})})
+        chosen[method] = [federation.draw_participants(experiment_of(settings), t)
+                          for t in (1, 1, 2)]
+    one, again, two = chosen.pop("fedin")
+    assert one == again != two == participants(settings, 2)
+    assert one == sorted(set(one)) and len(one) == 5
+    assert all(rounds == [one, one, two] for rounds in chosen.values())
 
 
-def test_options_of_sgd_and_of_noise_do_what_they_say(tmp_path):
-    def weights(name, *flags):
-        go(tmp_path / name, *CNN, "--rounds", "2", *" ".join(flags).split())
-        saved = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["server"]
-        return saved["weights"]["cnn"]["classifier.fc.bias"].tolist()
-
-    sgd = weights("sgd", "--optimizer sgd")
-    off = weights("off", "--optimizer sgd --momentum 0 --weight-decay 0")
-    others = [weights("momentum", "--optimizer sgd --momentum 0.9"),
-              weights("decay", "--optimizer sgd --weight-decay 0.1")]
-    assert off == sgd and sgd not in others and others[0] != others[1]
-    noise = [weights("noise", "--noise 0.8"), weights("all", "--noise 0.8 --noise-on features"),
-             weights("upload", "--noise 0.8 --noise-on upload"), weights("quiet")]
-    assert sum(noise[0] == one for one in noise) == 2  # itself and the default spelt out
-    assert noise[2] != noise[1] != noise[3] != noise[2]
+def test_with_amp_training_alone_is_in_bfloat16(run_of):
+    """Features, uploads and checkpoints stay float32, and weights are cast anew in each step."""
+    flags = [*CNN, "--rounds", "2", "--noise", "0.1", "--local-epochs", "4"]
+    usual, rough = run_of(*flags), run_of(*flags, "--amp")
+    for one, other in zip(lines(usual), lines(rough)):
+        assert one["loss"] != other["loss"] == pytest.approx(one["loss"], rel=0.1)
+        assert one["upload_mb"] == other["upload_mb"]
+    kinds = {tensor.dtype for tensor in models.tensors_in(checkpoint(rough))}
+    assert kinds <= {torch.float32, torch.int64}
 
 
-def test_aggregation_per_architecture_is_layerwise_where_there_is_one_alone(tmp_path):
-    flags = [*CNN, "--rounds", "2"]
-    assert go(tmp_path / "a", *flags, "--aggregation", "per-architecture") == go(tmp_path / "b",
-                                                                                 *flags)
-    for method in ("fedavg", "fedin", "scaffold", "inclusivefl"):
-        for name, function in (("layerwise", models.layerwise_average),
-                               ("per-architecture", models.per_architecture_average)):
-            bound = baselines.bind(run.METHODS[method], run.resolve({"method": method,
-                                                                     "aggregation": name}))
-            assert bound.server_update.keywords["aggregation"] is function
+# ----------------------------------------------------------------------------------- every method
 
-
-# ------------------------------------------------------------------------------ every baseline
-
-BASELINES = {  # method -> flags of a run of some seconds
-    "scaffold": RESNET10, "fednova": CNN, "moon": CNN, "fedgen": CNN, "inclusivefl": RESNETS,
-    "inco": [*RESNETS, "--model", "resnet14"], "feddf": [*CNN, "--distillation-steps", "2"],
-    **dict.fromkeys(WIDTH_METHODS, RESNETS),
-}
+WIDTHS = [*RESNETS, "--clients", "2", "--participation", "1"]
+METHODS = {  # method -> flags of a run of some seconds
+    "fedin": [*RESNETS, "--noise", "0.5", "--augment"], "scaffold": RESNET10, "fednova": CNN,
+    "moon": CNN, "inco": [*RESNETS, "--model", "resnet14"], "inclusivefl": RESNETS, "fedgen": CNN,
+    "feddf": [*CNN, "--distillation-steps", "2"], **dict.fromkeys(widths.METHODS, WIDTHS)}
 
 
 @pytest.fixture(scope="module")
-def baseline_run(tmp_path_factory):
-    """From a baseline's name to the folder of a run of two rounds, which is made once."""
+def method_run(tmp_path_factory):
+    """Function from a method to folders of its run, of two rounds and as it was after the first."""
     made = {}
 
-    def folder_of(method: str) -> Path:
-        if method not in made:
-            made[method] = tmp_path_factory.mktemp(method) / "run"
-            go(made[method], *BASELINES[method], "--method", method, "--rounds", "2",
-               "--eval-every", "2", "--workers", "2")
-        return made[method]
+    def folders_of(method: str) -> tuple[Path, Path]:
+        if method in made:
+            return made[method]
+        whole, half = made[method] = [tmp_path_factory.mktemp(method) / name for name in "ab"]
 
-    return folder_of
+        def save(out: Path, progress: files.Progress, save=files.save_checkpoint) -> None:
+            save(out, progress)
+            if progress.round == 1:
+                shutil.copytree(out, half)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "save_checkpoint", save)
+            go(whole, *METHODS[method], "--method", method, *TWO_ROUNDS)
+        return whole, half
+
+    return folders_of
 
 
-@pytest.mark.parametrize("method", BASELINES)
-def test_every_baseline_run(method, baseline_run):
-    last = lines(baseline_run(method))[-1]
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_resumes(method, method_run):
+    whole, half = method_run(method)
+    (last,), saved = lines(whole), checkpoint(whole)
     assert 0 <= last["accuracy"] <= 100 and last["loss"] > 0 and last["round"] == 2
-    server = torch.load(baseline_run(method) / "checkpoint.pt", weights_only=True)["server"]
-    initial = models.initial_weights(tuple(server["weights"]), 1, 10, data.torch_stream(
-        config(baseline_run(method))["seed"], data.INITIAL_WEIGHTS), torch.device("cpu"))
-    for arch, state in server["weights"].items():
-        moved = [not torch.equal(tensor, initial[arch][name]) for name, tensor in state.items()]
-        assert any(moved) and all(tensor.isfinite().all() for tensor in state.values())
-    assert ("full_accuracy" in last) == (method in WIDTH_METHODS)
+    assert ("full_accuracy" in last) == (method in widths.METHODS)
+
+    # Every global network has moved, and clients of stateful methods alone keep something.
+    initial = federation.first_server(experiment_of(config(whole)))["weights"]
+    for arch, state in saved["server"]["weights"].items():
+        assert any(not torch.equal(tensor, initial[arch][name]) for name, tensor in state.items())
+        assert all(tensor.isfinite().all() for tensor in state.values())
+    took_part = {k for t in (1, 2) for k in participants(config(whole), t)}
+    assert set(saved["memory"]) == (took_part if method in ("scaffold", "moon") else set())
+
+    if method in ("scaffold", "moon", "fedgen", "fedrolex"):  # more than weights is kept
+        assert go(half, "--resume") == [last]
 
 
-@pytest.mark.parametrize("method", ["scaffold", "moon", "fedgen", "fedrolex"])
-def test_what_a_method_keeps_is_in_the_checkpoint(method, baseline_run, tmp_path):
-    flags = [*BASELINES[method], "--method", method, "--eval-every", "2", "--workers", "1"]
-    go(tmp_path, *flags, "--rounds", "1")
-    assert go(tmp_path, "--resume", "--rounds", "2") == lines(baseline_run(method))
+@pytest.mark.parametrize("method", METHODS)
+def test_clients_send_and_receive_what_their_method_says(method, method_run):
+    whole, _ = method_run(method)
+    experiment, (last,) = experiment_of(config(whole)), lines(whole)
+    upload = download = 0
+    for k in participants(experiment.settings, 2):
+        client = experiment.clients[k]
+        if method in ("heterofl", "fedrolex"):  # the rate is drawn in each round
+            stream = data.streams(experiment.settings["seed"], 2, k)
+            client = experiment.method.assign(client, list(experiment.networks), stream)
+        shapes = models.shapes(experiment.networks[client.arch])
+        both = models.num_bytes(shapes)
+        if method == "scaffold":  # a variate, or its change, per parameter
+            both += models.num_bytes([tensor for name, tensor in shapes.items()
+                                      if models.is_parameter(name)])
+        upload, download = upload + both, download + both
+        if method in ("heterofl", "fedrolex"):  # the classes, and no rows of other ones
+            num_held = len(experiment.data.y_train[client.indices].unique())
+            row = 4 * (shapes["classifier.0.fc.weight"].shape[1] + 1)
+            upload += 8 * num_held - (10 - num_held) * row
+        if method == "fedgen":  # class counts; the generator and its ten classes
+            upload += 80
+            download += models.num_bytes(checkpoint(whole)["server"]["generator"]) + 80
+        if method == "fedin":  # s_in and s_out, sent of its twelve images and received of sixteen
+            upload += 12 * 4 * (64 * 8 * 8 + 512)
+            download += 16 * 4 * (64 * 8 * 8 + 512)
+    assert (1e6 * last["upload_mb"], 1e6 * last["download_mb"]) == (
+        pytest.approx(upload), pytest.approx(download))
 
 
-def test_a_client_is_sent_what_its_method_says(baseline_run):
-    def size(method, t, weigh):
-        settings = config(baseline_run(method))
-        archs = run.METHODS[method].architectures(models.MODELS[settings["model"]])
-        return sum(weigh(archs[k * len(archs) // 5], k) for k in participants(settings, t)) / 1e6
+# ------------------------------------------------------------------------------------- bad input
 
-    def whole(arch, k):
-        return models.num_bytes(models.shapes(arch, 1, 10))
-
-    def parameters(arch, k):
-        return sum(4 * tensor.numel() for name, tensor in models.shapes(arch, 1, 10).items()
-                   if models.is_parameter(name))
-
-    for method in ("fednova", "moon", "inco", "inclusivefl", "feddf"):
-        last = lines(baseline_run(method))[-1]
-        assert last["upload_mb"] == last["download_mb"] == pytest.approx(size(method, 2, whole))
-    last = lines(baseline_run("scaffold"))[-1]  # weights and control variates
-    both = size("scaffold", 2, lambda arch, k: whole(arch, k) + parameters(arch, k))
-    assert last["upload_mb"] == last["download_mb"] == pytest.approx(both)
-
-    last = lines(baseline_run("scalefl"))[-1]
-    assert last["upload_mb"] == last["download_mb"] == pytest.approx(size("scalefl", 2, whole))
-    for method in ("heterofl", "fedrolex"):
-        experiment = run.prepare_experiment(config(baseline_run(method)))
-
-        def drawn(arch, k):
-            client = experiment.method.assign(experiment.clients[k], experiment.architectures,
-                                              experiment.stream(2, k))
-            return whole(client.arch, k)
-
-        def with_own_rows(arch, k):
-            """Rows of classes that it lacks are not sent; the classes that it has are."""
-            client = experiment.method.assign(experiment.clients[k], experiment.architectures,
-                                              experiment.stream(2, k))
-            held = len(experiment.data.y_train[client.indices].unique())
-            row = models.shapes(client.arch, 1, 10)["classifier.0.fc.weight"].shape[1] + 1
-            return drawn(arch, k) - (10 - held) * 4 * row + held * 8
-
-        last = lines(baseline_run(method))[-1]
-        assert last["download_mb"] == pytest.approx(size(method, 2, drawn))
-        assert last["upload_mb"] == pytest.approx(size(method, 2, with_own_rows))
-
-    last = lines(baseline_run("fedgen"))[-1]
-    saved = torch.load(baseline_run("fedgen") / "checkpoint.pt", weights_only=True)["server"]
-    generator_and_classes = models.num_bytes([saved["generator"], torch.arange(10)])
-    assert last["upload_mb"] == pytest.approx(size("fedgen", 2, lambda *_: whole("cnn", 0) + 80))
-    assert last["download_mb"] == pytest.approx(size(
-        "fedgen", 2, lambda *_: whole("cnn", 0) + generator_and_classes))
-
-
-def test_only_stateful_methods_keep_something_on_their_clients(baseline_run):
-    for method in BASELINES:
-        out = baseline_run(method)
-        saved = torch.load(out / "checkpoint.pt", weights_only=True)
-        took_part = {k for t in (1, 2) for k in participants(config(out), t)}
-        stateful = method in ("scaffold", "moon")
-        assert set(saved["memory"]) == (took_part if stateful else set())
-        if method == "scaffold":
-            variate = saved["memory"][min(took_part)]
-            assert all(models.is_parameter(name) for name in variate)
-
-
-def test_full_accuracy_is_the_whole_networks_and_accuracy_the_mean_over_rates(baseline_run):
-    out = baseline_run("heterofl")
-    last, saved = lines(out)[-1], torch.load(out / "checkpoint.pt", weights_only=True)
-    experiment = run.prepare_experiment(config(out))
-    (whole,) = saved["server"]["weights"].values()
-    prepare = partial(data.standardise, mean=experiment.statistics[0],
-                      deviation=experiment.statistics[1])
-    rows = torch.cat([client.indices for client in experiment.clients])
-    accuracies = []
-    for arch in models.MODELS["resnet18-widths"]:
-        net = models.build(arch, 1, 10)
-        net.load_state_dict({name: whole[name][tuple(map(slice, tensor.shape))]
-                             for name, tensor in net.state_dict().items()})
-        models.collect_statistics(net, [prepare(experiment.data.x_train[rows])])
-        predicted = models.predict(net, experiment.data.x_test, prepare)
-        accuracies.append(100 * (predicted == experiment.data.y_test).double().mean().item())
-    assert last["accuracy"] == pytest.approx(sum(accuracies) / 5)
-    assert last["full_accuracy"] == pytest.approx(accuracies[-1])
-
-
-def test_batches_for_static_statistics_mix_all_clients(monkeypatch):
-    settings = run.resolve({"method": "heterofl", "train_images": 300, "clients": 3,
-                            "partition": "pathological"})
-    experiment = run.prepare_experiment(settings)
-    for client in experiment.clients:  # so that clients differ by more than their images do
-        experiment.data.x_train[client.indices] //= 1 + 2 * client.id
-    monkeypatch.setattr(baselines, "TEST_BATCH", 60)  # in order, a batch would be of one client
-    weights = models.initial_weights(["resnet18-1/16"], 1, 10, torch.Generator(),
-                                     torch.device("cpu"))["resnet18-1/16"]
-    collected = []
-    monkeypatch.setattr(baselines, "predict", lambda model, *_: collected.append(model) or 0)
-    baselines.predicted_right(experiment, [(0, "resnet18-1/16", "key", weights)])
-    whole = models.build("resnet18-1/16", 1, 10)
-    whole.load_state_dict(weights)
-    rows = torch.cat([client.indices for client in experiment.clients])
-    models.collect_statistics(whole, [data.standardise(experiment.data.x_train[rows],
-                                                       *experiment.statistics)])
-    in_order = models.build("resnet18-1/16", 1, 10)
-    in_order.load_state_dict(weights)
-    models.collect_statistics(in_order, [data.standardise(
-        experiment.data.x_train[client.indices], *experiment.statistics)
-        for client in experiment.clients])
-    mixed, at_once, apart = [net.intermediate[0][0].norm[1].running_var
-                             for net in (*collected, whole, in_order)]
-    torch.testing.assert_close(mixed, at_once, rtol=0.05, atol=0)
-    assert ((apart - at_once).abs() > 0.1 * at_once).any()
-
-
-def test_dropout_clients_have_no_share_in_static_statistics(monkeypatch):
-    experiment = run.prepare_experiment(run.resolve(
-        {"method": "heterofl", "train_images": 100, "clients": 4, "missing_classes": 0.2}))
-    seen = []
-    monkeypatch.setattr(
-        baselines, "collect_statistics", lambda model, batches: seen.extend(batches))
-    weights = run.first_progress(experiment).server["weights"]["resnet18-1"]
-    baselines.predicted_right(experiment, [(0, "resnet18-1", "key", weights)])
-    there = sum(len(client.indices) for client in experiment.clients[:3])
-    assert experiment.dropouts == [3] and sum(map(len, seen)) == there
-
-
-@pytest.mark.parametrize("num_classes, each", [(26, 6), (100, 20)])
-@pytest.mark.parametrize("missing", [0.1, 0.2])
-def test_in_the_dropout_setting_ten_clients_hold_all_classes(num_classes, each, missing, tmp_path):
-    y = np.arange(5 * num_classes) % num_classes
-    np.savez(tmp_path / "many.npz", x_train=np.zeros((len(y), 8, 8), np.uint8), y_train=y,
-             x_test=np.zeros((len(y), 8, 8), np.uint8), y_test=y)
-    typed = {"dataset": str(tmp_path / "many.npz"), "setting": "quick", "missing_classes": missing}
-    experiment = run.prepare_experiment(run.resolve(typed))
-    gone = round(missing * num_classes)
-    assert experiment.settings["classes_per_client"] == each and experiment.dropouts == [9]
-    assert experiment.seen == list(range(num_classes - gone))
-    assert experiment.unseen == list(range(num_classes - gone, num_classes))
-    fewer = run.prepare_experiment(run.resolve(typed | {"classes_per_client": each // 2}))
-    labels = [fewer.data.y_train[client.indices].unique() for client in fewer.clients]
-    assert {len(own) for own in labels} == {each // 2}
-    assert len(fewer.dropouts) == -(-gone // (each // 2))
-
-
-def test_scaffolds_server_counts_the_clients_that_take_part():
-    settings = run.resolve({"method": "scaffold", "missing_classes": 0.2})
-    bound = run.prepare_experiment(settings).method.server_update.keywords
-    assert list(bound["owners"]) == list(range(9))  # of ten clients the last has dropped out
-    assert [bound["owners"][k].arch for k in (0, 8)] == ["resnet10", "resnet26"]
-
-
-def test_fine_tuning_has_epochs_of_its_own(tmp_path):
-    saved = {}
-    for epochs in ("", "0", "1", "3"):
-        flags = ["--finetune-epochs", epochs] if epochs else []
-        go(tmp_path / epochs / "run", *CNN, "--method", "fedavg-ft", "--rounds", "2", *flags)
-        saved[epochs] = torch.load(tmp_path / epochs / "run" / "checkpoint.pt", weights_only=True)
-    tuned = {epochs: one["after"]["late"][0]["classifier.fc.bias"].tolist()
-             for epochs, one in saved.items()}
-    rounds = [one["server"]["weights"]["cnn"]["classifier.fc.bias"].tolist()
-              for one in saved.values()]
-    assert all(one == rounds[0] for one in rounds) and tuned["0"] == rounds[0]
-    assert tuned[""] == tuned["1"] != tuned["3"] != tuned["0"]  # 1 is what --local-epochs says
-
-
-def test_moon_with_mu_zero_is_fedavg_from_the_command_line_too(tmp_path):
-    flags = [*CNN, "--rounds", "2"]
-    plain = go(tmp_path / "a", *flags, "--method", "fedavg")
-    assert go(tmp_path / "b", *flags, "--method", "moon", "--mu", "0") == plain
-    assert go(tmp_path / "c", *flags, "--method", "moon") != plain
-
-
-def test_feddf_without_steps_is_fedavg_and_each_proxy_leads_elsewhere(tmp_path, monkeypatch):
-    monkeypatch.setattr(baselines, "num_right", lambda *_: 0)  # so that the last student counts
-    np.savez(tmp_path / "other.npz", x_train=np.eye(8, dtype=np.uint8)[None].repeat(9, 0) * 255,
-             y_train=np.arange(9) % 2, x_test=np.zeros((2, 8, 8), np.uint8), y_test=np.arange(2))
-    flags = [*CNN, "--rounds", "1", "--train-images", "390"]  # few are left over for the server
-    plain = go(tmp_path / "plain", *flags, "--method", "fedavg")
-    flags += ["--method", "feddf", "--distillation-steps"]
-    assert go(tmp_path / "none", *flags, "0") == plain
-    ends = []
-    for name in ("holdout", "noise", str(tmp_path / "other.npz")):
-        out = tmp_path / str(len(ends))
-        go(out, *flags, "2", "--proxy", name)
-        server = torch.load(out / "checkpoint.pt", weights_only=True)["server"]
-        ends.append(server["weights"]["cnn"]["classifier.fc.bias"].tolist())
-    plain = torch.load(tmp_path / "none" / "checkpoint.pt", weights_only=True)["server"]
-    ends.append(plain["weights"]["cnn"]["classifier.fc.bias"].tolist())
-    assert all(a != b for i, a in enumerate(ends) for b in ends[:i])
-
-
-def test_the_servers_images_are_no_clients_nor_of_unseen_classes():
-    settings = run.resolve({"method": "feddf", "missing_classes": 0.2, "train_images": 400})
-    keywords = run.prepare_experiment(settings).method.distil.keywords
-    loaded = data.load("digits")
-    _, *held_out = data.choose_images(loaded.y_train, 0, train_images=400, proxy="holdout")
-    for name, rows in zip(("proxy", "validation"), held_out):
-        kept = rows[loaded.y_train[rows] < 8]
-        assert torch.equal(keywords[name].images, loaded.x_train[kept]) and len(kept) < len(rows)
-    assert torch.equal(keywords["validation"].labels, loaded.y_train[kept])
-
-
-def test_a_proxy_of_other_channels_is_refused(tmp_path, capsys):
-    np.savez(tmp_path / "colour.npz", x_train=np.zeros((9, 8, 8, 3), np.uint8),
-             y_train=np.arange(9) % 2, x_test=np.zeros((2, 8, 8, 3), np.uint8), y_test=np.arange(2))
-    error = refused(capsys, "--method", "feddf", "--proxy", str(tmp_path / "colour.npz"), "--out",
-                    str(tmp_path / "out"))
-    assert "9 images of 3 channels" in error
-
-
-def test_a_server_that_diverges_stops_the_run(tmp_path, capsys, monkeypatch):
-    feddf = run.METHODS["feddf"]
-    monkeypatch.setitem(run.METHODS, "feddf", feddf._replace(distil=partial(
-        feddf.distil, step_size=1e38)))
-    error = refused(capsys, *CNN, "--method", "feddf", "--distillation-steps", "3", "--out",
-                    str(tmp_path / "feddf"), status=1)
-    assert "round 1, distillation: a weight is not finite any more" in error
-    monkeypatch.setattr(generator, "LATENT_LR", 1e30)
-    error = refused(capsys, *CNN, "--method", "fedgen", "--out", str(tmp_path / "fedgen"),
-                    status=1)
-    assert "round 1, the server's training: a weight is not finite" in error
-
-
-def test_methods_prints_every_method_and_its_flags(capsys):
-    with pytest.raises(SystemExit) as stop:
-        run.main(["--methods"])
-    out = capsys.readouterr().out
-    table, footer = out.split("\nfeddf, which averages within")
-    rows = {row.split()[0]: row for row in re.split(r"\n\n+", table) if row.strip()}
-    assert stop.value.code == 0 and rows.keys() == {"method", *run.METHODS}
-    assert "scalefl, which averages each coordinate" in footer
-    assert "--self-distillation" in rows["scalefl"] and "per-architecture" in rows["moon"]
-    assert " -widths " in rows["fedrolex"] and "control" in rows["scaffold"]
-    assert "async" in rows["fedprox"] and "async" not in rows["fedin"]
-    assert max(map(len, out.splitlines())) <= 101
-
-
-# ------------------------------------------------------------------------ the same bytes again
-
-
-def test_any_number_of_workers_gives_the_same_bytes(tmp_path, five_resnets):
-    flags, one, _ = five_resnets
-    assert go(tmp_path, *flags, "--workers", "2") == lines(one)
-    states = [torch.load(out / "checkpoint.pt", weights_only=True)["server"]
-              for out in (one, tmp_path)]
-    for a, b in zip(*(list(models.tensors_in(state)) for state in states)):
-        assert torch.equal(a, b)
-
-
-def test_another_seed_gives_another_run(tmp_path):
-    assert go(tmp_path / "a", *CNN, "--rounds", "1") != go(tmp_path / "b", *CNN, "--rounds", "1",
-                                                           "--seed", "1")
-
-
-def test_global_generators_are_left_alone(tmp_path):
-    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    go(tmp_path, *RESNET10, "--rounds", "1", "--noise", "0.5", "--augment")
-    assert torch.equal(before, torch.get_rng_state())
-    assert (numpy_before == np.random.get_state()[1]).all()
-
-
-# ---------------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize("flags, hint", [
-    ("--method fedsgd", "unknown --method 'fedsgd': choose one of local, fedavg, "),
-    ("--method heterofl --aggregation per-architecture", "--aggregation is not read by --method "
-     "heterofl, which averages each coordinate over the sub-models that hold it"),
-    ("--method feddf --aggregation layerwise", "--aggregation is not read by --method feddf, "
-     "which averages within each architecture"),
+MISTAKES = [
+    ("--method fedsgd", "--method: invalid choice: 'fedsgd' (choose from 'local', 'fedavg', "),
+    ("--dataset minst", "unknown dataset 'minst': choose one of digits, "),
+    ("--dataset nowhere.npz", "no file nowhere.npz"), ("--resume", "no run in runs/fedin-digits-0"),
+    ("--model resnet152", "--model: invalid choice: 'resnet152'"),
+    ("--epochs 3", "unrecognized arguments: --epochs 3"), ("--part iid", "arguments: --part iid"),
+    ("--ablate in --ablate prox x", "--ablate: invalid choice: 'x' (choose from 'in', 'prox', 'o"),
+    ("--rounds", "--rounds: expected one argument"), ("--device quantum", "--device quantum cannot"),
+    ("--method feddf --proxy photos", "--proxy"), ("--device meta", "--device meta cannot be used"),
+    ("--method apfl --semantics nowhere.npz", "no file nowhere.npz: check --semantics"),
+    ("--method apfl --semantics word2vec --word-vectors nowhere.txt", "nowhere.txt cannot be read"),
+    # Combinations
     ("--method fedrolex --model cnn", "give --model resnet18-widths or resnet152-widths"),
     ("--model resnet18-widths", "or --method heterofl or fedrolex or scalefl"),
+    ("--method apfl --model resnets", "--model resnets does not go with --method apfl: give --mod"),
+    ("--aggregation async", "--aggregation async does not go with --method fedin: give --aggregat"),
     ("--method scaffold --aggregation async --model cnn", "or --method fedavg or fedavg-ft or f"),
-    ("--method scaffold --mu 1", "--mu is not read by --method scaffold"),
-    ("--method heterofl --self-distillation 1", "--self-distillation is not read by --method hete"),
-    ("--method feddf --proxy imagenet", "unknown --proxy 'imagenet': choose one of holdout, "),
-    ("--method feddf --proxy nowhere.npz", "nowhere.npz"),
-    ("--method feddf --distillation-steps -1", "--distillation-steps must be a whole number at"),
-    ("--dataset minst", "unknown --dataset 'minst': choose one of digits, "),
-    ("--dataset nowhere.npz", "nowhere.npz"),
-    ("--model resnet152", "unknown --model 'resnet152'"),
-    ("--epochs 3", "unrecognized arguments: --epochs 3"),
-    ("--part iid", "unrecognized arguments: --part iid"),  # an abbreviation
-    ("--method fedavg --noise 0.8", "--noise is not read by --method fedavg"),
-    ("--method local --mu 1", "--mu is not read by --method local"),
-    ("--method local --aggregation layerwise", "--aggregation is not read"),
-    ("--partition iid --alpha 0.5", "--alpha is not read with --partition iid"),
-    ("--alpha 0.5 --classes-per-client 2", "--classes-per-client is not read with --partition"),
-    ("--data-dir data", "--data-dir is not read with --dataset digits"),
-    ("--ablate prox --mu 0.2", "--mu is not read with --ablate prox"),
-    ("--ablate in --projection exact", "--projection is not read with --ablate in"),
-    ("--ablate everything", "unknown --ablate 'everything': choose one of in, prox, opt"),
-    ("--ablate in --ablate prox x", "unknown --ablate 'x'"),
-    ("--method feddf --distillation-steps 0 --proxy noise", "--proxy is not read with --distil"),
-    ("--alpha 0", "--alpha must be a number above 0, not '0'"),
-    ("--alpha inf", "--alpha must be at most 1e+09, not 'inf'"),
-    ("--lr nan", "--lr must be a number above 0"),
-    ("--rounds 0", "--rounds must be a whole number at least 1"),
-    ("--clients 2.5", "--clients must be a whole number"),
-    ("--participation 1.5", "must be at most 1, not '1.5'"),
-    ("--rounds 1" + 400 * "0", "--rounds must be at most 1e+09"),
-    ("--device meta", "--device meta cannot be used"),
-    ("--clients 300000000 --partition iid", "use fewer --clients"),
-    ("--batch-size 1", "--batch-size must be a whole number at least 2"),
-    ("--seed -1", "--seed"),
-    ("--noise -1", "--noise"),
-    ("--train-images 5 --clients 10", "5 training images cannot give each of 10 clients"),
-    ("--train-images 30 --clients 10", "no Dirichlet(0.5) split of 30 images"),
-    ("--train-images 5 --clients 10 --partition iid", "use fewer --clients or more images"),
+    ("--method fedavg --aggregation async", "--aggregation async needs one architecture"),
+    ("--train-images 5", "5 training images cannot give each of 10 clients"),
     ("--train-images 2000", "more than the 1437 training images"),
-    ("--test-images 2000", "more than the 360 test images"),
     ("--clients 200", "no Dirichlet(0.5) split of 1437 images"),
     ("--partition pathological --classes-per-client 11", "more than the 10 classes"),
-    ("--device quantum", "--device quantum cannot be used"),
-    ("--resume", "no run"),
-    ("--method fedavg --beta 0.5", "--beta is not read by --method fedavg"),
-    ("--method fedavg --mixing 0.5", "--mixing is not read with --aggregation layerwise"),
-    ("--method apfl --speed-spread 2", "--speed-spread is not read with --aggregation lay"),
-    ("--method apfl --aggregation async --participation 0.5", "--participation is not read with "
-     "--aggregation async"),
-    ("--method apfl --word-vectors x.txt", "--word-vectors is not read with --semantics segm"),
-    ("--aggregation async", "--aggregation async does not go with --method fedin"),
-    ("--method fedavg --aggregation async", "--aggregation async needs one architecture"),
-    ("--method apfl --model resnets", "--model resnets does not go with --method apfl: give --mod"),
-    ("--missing-classes 0.2 --alpha 0.5", "--alpha is not read with --missing-classes"),
-    ("--missing-classes 0.2 --partition iid", "--partition is not read with --missing-classes"),
-    ("--missing-classes 0.2 --classes-per-client 9", "give --classes-per-client 8 or less"),
-    ("--missing-classes 0.9", "at least two classes"),
-    ("--missing-classes 0.3 --clients 2", "one client must take part"),
-    ("--missing-classes 1.2", "must be at most 1"),
-    ("--noise-on upload", "--noise-on is not read with --noise 0"),
-    ("--noise 0.8 --noise-on upload --ablate in", "--noise-on is not read with --ablate in"),
-    ("--momentum 0.9", "--momentum is not read with --optimizer adam"),
-    ("--method scaffold --optimizer sgd --momentum 0.9", "is not read with --method scaffold"),
-    ("--optimizer sgd --momentum 1", "--momentum must be at most 0.999"),
-    ("--method apfl --finetune-epochs 3", "--finetune-epochs is not read by --method apfl"),
-    ("--method apfl --beta 2", "--beta must be at most 1"),
-    ("--method apfl --generator-batch 1", "--generator-batch must be a whole number at least 2"),
-    ("--method apfl --semantics nowhere.npz", "no file nowhere.npz: check --semantics"),
-    ("--method apfl --semantics glove", "unknown --semantics 'glove'"),
-    ("--method apfl --semantics word2vec", "name it by --word-vectors FILE"),
-    ("--method apfl --semantics word2vec --word-vectors nowhere.txt", "nowhere.txt cannot be read"),
-])
-def test_bad_input_ends_in_one_line_that_names_it(flags, hint, tmp_path, capsys, monkeypatch):
+    ("--missing-classes 0.9", "at least two classes")]
+# Reason, and commands whose last flag is not read for it
+MISTAKES += [(flags, f"--{flags.split('--')[-1].split()[0]} is not read {reason}") for reason, *several
+             in [
+    ("by --method local", "--method local --mu 1", "--method local --aggregation layerwise"),
+    ("by --method heterofl", "--method heterofl --self-distillation 1"),
+    ("by --method fedavg", "--method fedavg --noise 0.8", "--method fedavg --beta 0.5"),
+    ("by --method apfl", "--method apfl --finetune-epochs 3"),
+    ("", "--method scaffold --optimizer sgd --momentum 0.9", "--method local --speed-spread 2"),
+    ("with --optimizer adam", "--momentum 0.9", "--weight-decay 0.1"),
+    ("with --aggregation layerwise", "--mixing 0.5", "--staleness hinge", "--speed-spread 2"),
+    ("with --aggregation async", "--method apfl --aggregation async --participation 0.5"),
+    ("with --partition iid", "--partition iid --alpha 0.5"),
+    ("with --partition dirichlet", "--classes-per-client 2"),
+    ("with --semantics segments", "--method apfl --word-vectors x.txt"),
+    ("with --dataset digits", "--data-dir data"), ("with --noise 0", "--noise-on upload"),
+    ("with --distillation-steps 0", "--method feddf --distillation-steps 0 --proxy noise"),
+    ("with --ablate prox", "--ablate prox --mu 0.2"),
+    ("with --ablate in", "--ablate in --projection exact", "--noise 1 --ablate in --noise-on upload"),
+    ("with --missing-classes", *(f"--missing-classes 0.2 --{flag}" for flag in (
+        "alpha 0.5", "partition iid")))] for flags in several]
+# Bounds, and numbers outside of them
+MISTAKES += [(flags, f"{flags.split()[-2]}: must be {bounds}") for bounds, *several in [
+    ("a number above 0, not", "--alpha 0", "--alpha inf", "--lr nan"),
+    ("a whole number at least 1", "--rounds 0", "--rounds 1" + 400 * "0", "--clients 2.5"),
+    ("a number above 0 and at most 1", "--participation 1.5"), ("a number at least 0", "--noise -1"),
+    ("a whole number at least 2", "--batch-size 1"), ("a whole number at least 0 and", "--seed -1"),
+    ("a number at least 0 and at most 0.999", "--optimizer sgd --momentum 1"),
+    ("a number at least 0 and at most 1", "--method apfl --beta 2")] for flags in several]
+
+
+@pytest.mark.parametrize("flags, hint", MISTAKES)
+def test_a_mistake_is_one_line_that_names_it_and_leaves_nothing(flags, hint, tmp_path, capsys,
+                                                                monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hint in refused(capsys, *flags.split())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_data_ends_in_one_line(tmp_path, capsys):
+def test_broken_data_are_one_line(tmp_path, capsys):
     good = {"x_train": np.zeros((40, 8, 8), np.uint8), "y_train": np.arange(40) % 2,
             "x_test": np.zeros((4, 8, 8), np.uint8), "y_test": np.arange(4) % 2}
-    nan = np.full((40, 8, 8), np.nan, np.float32)
-    for change, hint in (({"x_train": nan}, "NaN"), ({"y_test": np.array([0, 1, 2, 0])}, "label 2"),
-                         ({"y_train": np.arange(40) % 2 * 2, "y_test": np.array([0, 2, 0, 2])},
-                          "class 1")):
-        np.savez(tmp_path / "bad.npz", **(good | change))
-        error = refused(capsys, "--dataset", str(tmp_path / "bad.npz"), "--setting", "quick")
-        assert hint in error and "bad.npz" in error
-    np.savez(tmp_path / "good.npz", **good)
-    np.savez(tmp_path / "objects.npz", **(good | {"y_train": np.array([None] * 40)}))
-    (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:2000])
-    (tmp_path / "pickle.npz").write_bytes(pickle.dumps(good))
-    for name in ("objects", "cut", "pickle"):
-        error = refused(capsys, "--dataset", str(tmp_path / f"{name}.npz"), "--setting", "quick")
-        assert f"{name}.npz cannot be read" in error
+    path = tmp_path / "bad.npz"
+    np.savez(path, **good | {"x_train": np.full((40, 8, 8), np.nan, np.float32)})
+    assert "bad.npz" in (error := refused(capsys, "--dataset", str(path))) and "NaN" in error
+    path.write_bytes(pickle.dumps(good))
+    assert "bad.npz cannot be read" in refused(capsys, "--dataset", str(path))
 
 
-def test_an_own_data_set_runs_by_its_path(tmp_path):
-    rng = np.random.default_rng(0)
-    labels = np.arange(60) % 3
-    images = np.clip(80 * labels[:, None, None, None] + rng.normal(40, 9, (60, 20, 24, 3)), 0, 255)
-    np.savez(tmp_path / "mine.npz", x_train=images.astype(np.uint8), y_train=labels,
-             x_test=images[:9].astype(np.uint8), y_test=labels[:9], classes=["low", "mid", "high"])
-    entries = go(tmp_path / "out", "--dataset", str(tmp_path / "mine.npz"), "--setting", "quick",
-                 "--model", "cnn", "--clients", "3", "--rounds", "3", "--participation", "1",
-                 "--partition", "iid", "--batch-size", "5")
-    assert entries[-1]["accuracy"] > 60
+# ---------------------------------------------------------------------------------------- layout
 
-
-def test_an_output_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert str(out) in refused(capsys, *CNN, "--out", str(out))
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "thesis.tex").write_text("")
-    message = refused(capsys, *CNN, "--out", str(tmp_path / "full"))
-    assert "--resume" in message and "another --out" in message
-
-
-def test_errors_from_a_shell_have_no_traceback_and_status_two(tmp_path):
-    process = start(tmp_path / "out", "--method", "fedavg", "--noise", "1")
-    out, error = process.communicate()
-    assert process.returncode == 2 and out == "" and error.count("\n") == 1
-    assert "--noise is not read by --method fedavg" in error
-
-
-# ------------------------------------------------------------------------------ flags as data
-
-
-def test_help_names_every_flag_its_default_and_the_papers_values(capsys):
-    with pytest.raises(SystemExit) as stop:
-        run.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    assert all(baselines.typed_as(name) in text for name in run.FLAGS)
-    for phrase in ("mu/2 = 0.05", "Eq. 13", "Table 2b", "Sec. 4.3: 0.8", " fedin: --noise",
-                   "fedprox, moon, fedin: --mu", "fedprox: 0.01 (apfl), else 0.1; moon: 1.0",
-                   "10 (quick), 100 (fedin), 10 (apfl)", "FILE.npz"):
-        assert phrase in text
-
-
-def test_a_row_alone_makes_a_flag(monkeypatch, capsys):
-    monkeypatch.setitem(run.METHODS, "fedavg", run.METHODS["fedavg"]._replace(
-        defaults={"aggregation": "layerwise", "warmth": baselines.By("dataset", {"svhn": 2}, 3)}))
-    monkeypatch.setitem(run.FLAGS, "warmth", Flag(
-        "warmth", int, "a number", above=0, high=9, unless={"aggregation": ["async"]},
-        decides={"": {"lr": 0.25}}))
-    assert run.resolve({"method": "fedavg"})["warmth"] == 3
-    assert run.resolve({"method": "fedavg", "dataset": "svhn"})["warmth"] == 2
-    assert run.resolve({"method": "fedavg"})["lr"] == 4e-4
-    assert run.resolve({"method": "fedavg", "warmth": 5})["lr"] == 0.25
-    assert "warmth" not in run.resolve({"method": "fedprox"})
-    for flags, hint in (("fedavg --warmth 10", "--warmth must be at most 9, not '10'"),
-                        ("fedavg --warmth 0", "--warmth must be a whole number above 0"),
-                        ("fedavg --warmth 1 --lr 1", "--lr is not read with --warmth"),
-                        ("fedprox --warmth 1", "--warmth is not read by --method fedprox"),
-                        ("fedavg --warmth 1 --aggregation async --model cnn",
-                         "--warmth is not read with --aggregation async")):
-        assert hint in refused(capsys, "--method", *flags.split())
-
-
-def test_a_flag_is_read_if_one_of_its_conditions_holds():
-    svhn = {"dataset": "svhn", "data_dir": "x"}
-    assert run.resolve({**svhn, "method": "fedavg"})["data_dir"] == "x"
-    assert run.resolve({**svhn, "method": "apfl"})["data_dir"] == "x"
-    assert run.resolve({"method": "apfl", "semantics": "bert", "data_dir": "x"})["data_dir"] == "x"
-    assert "data_dir" not in run.resolve({"method": "apfl"})
-
-
-def test_no_two_rows_are_of_one_flag_or_method():
-    tables = (baselines, fedin, apfl)
-    assert len(run.FLAGS) == len(run.COMMON) + sum(len(table.FLAGS) for table in tables)
-    assert len(run.METHODS) == sum(len(table.METHODS) for table in tables) == 16
-    assert list(run.FLAGS)[:3] == ["method", "dataset", "setting"]
-
-
-def test_every_default_of_a_row_is_a_value_that_can_be_typed():
-    for name, flag in run.FLAGS.items():
-        defaults = [flag.default] + [method.defaults[name] for method in run.METHODS.values()
-                                     if name in method.defaults]
-        for default in defaults:
-            values = [*default.values.values(), default.otherwise] if isinstance(
-                default, baselines.By) else [default]
-            for value in values:
-                if value not in (baselines.NOT_SAID, None) and flag.kind not in (bool, list):
-                    assert baselines.read_value(flag, str(value)) == value, name
-
-
-# -------------------------------------------------------------------------------------- layout
-
-MODULES = {path.stem: ast.parse(path.read_text()) for path in ROOT.glob("*.py")}
-BELOW = {  # module -> what it may import of the project: that which is below it
-    "data": set(), "models": set(), "generator": {"data", "models"}, "ranks": {"data"},
-    "baselines": {"data", "generator", "models", "ranks"}, "fedin": {"baselines", "data", "models"},
-    "apfl": {"baselines", "data", "generator", "models"}, "pictures": set(),
-    "files": {"apfl", "baselines", "data", "fedin", "models", "ranks"},
-    "run": {"apfl", "baselines", "data", "fedin", "files", "generator", "models", "pictures", "ranks"},
-}
+MODULES = {path.stem: ast.parse(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
+LAYERS = [  # a module imports only modules of lines above its own
+    "data models pictures", "partitions semantics generator ranks", "files", "federation",
+    "evaluation baselines", "apfl fedin fedgen widths", "settings", "run", "analysis", "tables"]
 
 
 def imported(module: str) -> set[str]:
-    """The packages and modules that a module imports, wherever in it."""
+    """Packages and modules that a module imports, wherever in it."""
     nodes = list(ast.walk(MODULES[module]))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     return {name.split(".")[0] for name in names}
 
 
-def test_imports_run_downwards_only_and_nothing_imports_run():
-    assert MODULES.keys() >= BELOW.keys()
-    for name in MODULES.keys() - {"tables", "analysis"}:  # tools, which stand above run.py
-        assert imported(name) & MODULES.keys() <= BELOW[name], name
+def test_imports_run_downwards_only():
+    below = set()
+    assert MODULES.keys() == set(" ".join(LAYERS).split())
+    for layer in map(str.split, LAYERS):
+        for name in layer:
+            assert imported(name) & MODULES.keys() <= below, name
+        below |= set(layer)
     assert imported("models") <= {"torch", *sys.stdlib_module_names}
+    assert {name for name in MODULES if "argparse" in imported(name)} <= {"run", "tables"}
 
 
 def test_starting_loads_torch_and_no_other_heavy_package():
@@ -828,46 +462,12 @@ def test_starting_loads_torch_and_no_other_heavy_package():
                "run.main(['--method', 'fedsgd']); print(set(sys.modules) - before)")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, text=True, capture_output=True)
     loaded = {name.split(".")[0] for name in ast.literal_eval(done.stdout)}
-    assert "unknown --method" in done.stderr and "models" in loaded
-    assert loaded <= {*MODULES, "torch", "numpy", "tqdm", *sys.stdlib_module_names} | {
-        name for name in loaded if name.startswith("_")}
+    assert "'fedsgd'" in done.stderr and "models" in loaded
+    loaded -= {*MODULES, "torch", "numpy", "tqdm", *sys.stdlib_module_names}
+    assert all(name.startswith("_") for name in loaded), loaded
 
 
-def test_bfloat16_is_of_the_training_alone(tmp_path):
-    features = [*RESNET10, "--method", "fedin", "--rounds", "2", "--noise", "0.1"]
-    many_steps = [*CNN, "--method", "fedavg", "--rounds", "2", "--local-epochs", "6"]
-    for name, flags in (("features", features), ("many_steps", many_steps)):
-        usual = go(tmp_path / name, *flags)
-        rough = go(tmp_path / f"{name}-amp", *flags, "--amp")
-        for one, other in zip(usual, rough):
-            assert one["loss"] != other["loss"] == pytest.approx(one["loss"], rel=0.1)
-            assert one["upload_mb"] == other["upload_mb"]  # float32, the features too
-        saved = torch.load(tmp_path / f"{name}-amp" / "checkpoint.pt", weights_only=True)
-        kinds = {tensor.dtype for tensor in models.tensors_in(saved)}
-        assert kinds <= {torch.float32, torch.int64}
-
-
-def test_what_an_older_run_did_not_have_was_off(tmp_path):
-    flags = [*CNN, "--method", "fedavg", "--rounds", "1"]
-    go(tmp_path, *flags)
-    (tmp_path / "config.json").write_text(json.dumps(
-        {name: value for name, value in config(tmp_path).items()
-         if name not in ("amp", "test_images")}))
-    assert len(go(tmp_path, "--resume", "--rounds", "2")) == 2
-    assert config(tmp_path)["amp"] is False and config(tmp_path)["test_images"] is None
-
-
-def test_models_can_be_copied_alone(tmp_path):
-    shutil.copy(ROOT / "models.py", tmp_path)
-    program = ("import sys, models, torch; x = torch.zeros(2, 3, 32, 32); "
-               "print(*(tuple(models.build(arch, 3, 10)(x).shape) for arch in ('cnn', 'resnet10')),"
-               " 'torchvision' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True,
-                          capture_output=True)
-    assert done.stdout == "(2, 10) (2, 10) False\n", done.stderr
-
-
-def test_every_function_is_short_and_has_a_docstring():
+def test_functions_are_short_and_public_ones_have_docstrings():
     for name, tree in MODULES.items():
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node in tree.body:
@@ -876,52 +476,135 @@ def test_every_function_is_short_and_has_a_docstring():
                 assert node.end_lineno - node.lineno < 60, f"{name}.{node.name}"
 
 
-# -------------------------------------------------------------------------------------- README
+# -------------------------------------------------------------------------------------- language
+
+NO_BEGINNING = {"what", "of", "that", "which", "who", "whose", "how", "so", "likewise", "where",
+                "when"}
+
+
+def begins_badly(text: str) -> bool:
+    """Whether a text begins with a word that is neither noun nor verb, or with "the same"."""
+    words = re.findall(r"[\w']+", text.lower())
+    return not words or words[0] in NO_BEGINNING or words[:2] == ["the", "same"]
+
+
+def comments(path: Path) -> list[tuple[int, str]]:
+    """Line and text of each comment, without the lines that continue a comment."""
+    found, before = [], 0
+    with tokenize.open(path) as file:
+        for token in tokenize.generate_tokens(file.readline):
+            if token.type == tokenize.COMMENT:
+                alone, number = token.line.strip().startswith("#"), token.start[0]
+                if not alone or before != number - 1:
+                    found.append((number, token.string[1:]))
+                before = number if alone else 0
+    return found
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]),
+                         ids=lambda path: path.stem)
+def test_docstrings_and_comments_begin_with_a_noun_or_a_verb(path):
+    texts = comments(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            texts.append((node.body[0].lineno, ast.get_docstring(node)))
+    bad = [f"{path.name}:{line}: {text.strip()[:60]}" for line, text in texts if begins_badly(text)]
+    assert bad == []
+    assert [n for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100] == []
+
+
+def test_help_names_every_flag_and_says_what_it_is(capsys):
+    for action in run.parser()._actions:
+        assert action.option_strings[-1] == typed_as(action.dest)
+        assert not begins_badly(action.help) and len(action.help.split()) > 1, action.dest
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for phrase in (*run.METHODS, *data.DATASETS, "mu/2 = 0.05", "Eq. 13", "Table 2b", "Sec. 4.3",
+                   "--rounds 10 500 50", "--lr 0.0004 0.001 0.0002", "FILE.npz"):
+        assert phrase in text
+
+
+# ---------------------------------------------------------------------------------------- README
+
+README = (ROOT / "README.md").read_text()
+
+
+def section(word: str) -> str:
+    """Text of the README's section that has a word in its title."""
+    (text,) = [text for text in README.split("\n## ")[1:] if word in text.splitlines()[0]]
+    return text
+
+
+def python_blocks(text: str) -> list[str]:
+    """Blocks of Python in a text."""
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 def test_the_documents_name_only_flags_that_exist():
-    known = {baselines.typed_as(name) for name in run.FLAGS} | {"--help", "--methods"}
-    added = {"--server-lr",  # by the example of a new method
-             "--nproc-per-node", "--nnodes",  # of torchrun
-             "--list", "--scale", "--seeds", "--jobs", "--only"}  # of tables.py
-    for name in ("README.md", "PAPERS.md", "RESULTS.md"):
+    known = {typed_as(action.dest) for action in run.parser()._actions}
+    known |= set(re.findall(r'add\("(--[\w-]+)"', README))  # by the example of a new method
+    known |= {"--nproc-per-node", "--nnodes"}  # flags of torchrun
+    known |= set(re.findall(r'"(--[\w-]+)"', (ROOT / "tables.py").read_text()))
+    for name in ("README.md", "PAPERS.md"):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / name).read_text()))
-        assert named - known <= added, name
-        assert len(named) > 5
+        assert named <= known and len(named) > 5, name
 
 
-def test_what_the_readme_calls_alone_uses_nothing_of_the_project():
-    whole = " ".join((ROOT / "README.md").read_text().split())
-    text = whole.split("uses. `project_gradient`")[1].split("use nothing")[0]
-    named = {"project_gradient", *re.findall(r"`(?:\w+\.)?(\w+)`", text)} - {"held"}
-    assert len(named) == 9
+NET, X, Y = models.CNN(1, 3), torch.rand(4, 1, 32, 32), torch.arange(4) % 3
+START, LOGITS, SGD = models.copy_parameters(NET), torch.rand(4, 3), torch.optim.SGD
+ALONE = {  # function -> a call of it
+    "add_noise": lambda f: f(X, 0.8, X), "project_gradient": lambda f: f(X, -X),
+    "add_proximal_gradient": lambda f: f(NET, START, 0.0),
+    "fedavg_step": lambda f: f(NET, SGD(NET.parameters(), 0.1), X, Y),
+    "fedprox_step": lambda f: f(NET, SGD(NET.parameters(), 0.1), X, Y, START, mu=0.1),
+    "accumulated_norm": lambda f: f(5, 0.9), "contrastive_loss": lambda f: f(X, X, -X, 0.5),
+    "distillation_loss": lambda f: f(LOGITS, -LOGITS), "diversity_loss": lambda f: f(X),
+    "average": lambda f: f(START, {0: START}, {0: 4}), "interpolate": lambda f: f(START, START, 0.5),
+    "staleness_weight": lambda f: f(9, "hinge"), "class_weights": lambda f: f(LOGITS)}
+
+
+def test_functions_that_the_readme_says_can_be_copied_run_alone():
+    """They are pasted below the imports that it names, and called."""
+    text = " ".join(section("Copy").split())
+    imports = re.findall(r"`((?:from [\w.]+ )?import [^`]+)`", text)
+    imports += [line for block in python_blocks(section("Copy")) for line in block.splitlines()
+                if line.startswith(("import ", "from "))]
+    modules = (apfl, baselines, fedgen, fedin, generator, models, widths)
+    named = {name: getattr(module, name) for name in re.findall(r"`(?:\w+\.)?(\w+)`", text)
+             for module in modules if inspect.isfunction(getattr(module, name, None))}
+    assert len(named) >= 5
+    scope = {}
+    exec("\n".join(imports + [inspect.getsource(function) for function in named.values()]), scope)
     for name in named:
-        (function,) = {getattr(module, name) for module in (fedin, baselines, models, generator)
-                       if hasattr(module, name)}
-        used = inspect.getclosurevars(function).globals.keys()
-        assert used <= {"torch", "F"} | ({"grid"} if name == "average" else set()), name  # held's
+        ALONE[name](scope[name])
 
 
-def test_the_readmes_method_is_a_method_by_one_change_of_one_module(tmp_path):
+def test_the_readmes_method_is_a_method_by_one_change_of_one_module(run_of, tmp_path):
+    """Its blocks are functions, a row of METHODS, and a line of add_arguments, in this order."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
-    section = (ROOT / "README.md").read_text().split("## Add a method")[1]
-    example = section.split("```python\n")[1].split("```")[0]
-    with open(tmp_path / "baselines.py", "a") as file:
-        file.write("\n\n" + example)
+    functions, row, flag = python_blocks(section("Add a method"))
+    text = (ROOT / "baselines.py").read_text()
+    for mark, block in (("FEDAVG = Method(", functions), ("METHODS = {\n", row)):
+        before, after = text.split(mark)
+        text = before + (block + "\n\n" + mark if block is functions else mark + block) + after
+    (tmp_path / "baselines.py").write_text(text + "    " + flag.strip())
+    (name,), (option,) = re.findall(r'"([\w-]+)": FEDAVG', row), re.findall(r'"(--[\w-]+)"', flag)
+
     program = """
 import sys, run
-for out, *flags in (["whole", "--method", "fedlr", "--server-lr", "1", *sys.argv[1:]],
-                    ["half", "--method", "fedlr", *sys.argv[1:]],
-                    ["half", "--resume", "--rounds", "2"]):
-    assert run.main([*flags, "--out", out]) == 0
-run.main(["--method", "fedavg", "--server-lr", "1"])
-run.main(["--methods"])
-"""
+for out, *flags in (["whole", {option!r}, "1", *sys.argv[1:]], ["half", *sys.argv[1:]]):
+    assert run.main(["--method", {name!r}, *flags, "--out", out]) == 0
+assert run.main(["--resume", "--rounds", "2", "--out", "half"]) == 0
+run.main(["--method", "fedavg", {option!r}, "1"])
+run.main(["--help"])
+""".format(name=name, option=option)
     done = subprocess.run([sys.executable, "-c", program, *CNN, "--rounds", "1"], cwd=tmp_path,
                           text=True, capture_output=True)
-    assert "--server-lr is not read by --method fedavg" in done.stderr, done.stderr
-    assert re.search(r"\nfedlr .* --server-lr", done.stdout)
-    whole, half = (lines(tmp_path / name) for name in ("whole", "half"))
-    plain = go(tmp_path / "plain", *CNN, "--method", "fedavg", "--rounds", "1")
-    assert whole == plain and half[0] != plain[0] and len(half) == 2
+    assert f"{option} is not read by --method fedavg" in done.stderr, done.stderr
+    assert f"{option} " in done.stdout and name in done.stdout
+    whole, half = (lines(tmp_path / folder) for folder in ("whole", "half"))
+    plain = lines(run_of(*CNN, "--rounds", "2", "--method", "fedavg"))
+    assert whole == plain[:1] and half[0] != plain[0] and len(half) == 2

@@ -4,7 +4,6 @@ import json
 import logging
 import socket
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -202,7 +201,8 @@ def test_encoders_are_kept_from_logging_and_from_the_global_generator(caplog, tm
 
 def test_clip_embeddings_are_the_models_text_embeddings_of_unit_length(tmp_path):
     open_clip = pytest.importorskip("open_clip")
-    config, name = open_clip.get_model_config("ViT-B-32-quickgelu"), "tiny-quickgelu"
+    default, name = semantics.clip_embeddings.__kwdefaults__["name"], "tiny-quickgelu"
+    config = open_clip.get_model_config(default)
     assert config["embed_dim"] == 512 and config["quick_gelu"]
     config["vision_cfg"] |= {"layers": 1, "width": 64}
     config["text_cfg"] |= {"layers": 2, "width": 16, "heads": 2}
@@ -216,7 +216,6 @@ def test_clip_embeddings_are_the_models_text_embeddings_of_unit_length(tmp_path)
     with torch.no_grad():
         expected = model.float().encode_text(open_clip.tokenize(texts)).numpy()
     ours = semantics.clip_embeddings(texts, weights=str(tmp_path / "clip.pt"), name=name)
-    assert ours.shape == (3, 512) and ours.dtype == np.float32
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
@@ -232,17 +231,29 @@ def test_clip_weights_that_cannot_be_had_are_an_error(tmp_path, monkeypatch):
         assert f"'{weights}'" in message and "--semantics" in message
 
 
-def test_bert_embeddings_are_means_over_the_tokens_that_are_no_padding(monkeypatch):
-    states, mask = torch.arange(24.0).view(2, 3, 4), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    model = SimpleNamespace(
-        eval=lambda: lambda attention_mask: SimpleNamespace(last_hidden_state=states))
-    tokenizer = lambda texts, padding, return_tensors: {"attention_mask": mask}
-    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(
-        AutoModel=SimpleNamespace(from_pretrained={"folder": model}.__getitem__),
-        AutoTokenizer=SimpleNamespace(from_pretrained={"folder": tokenizer}.__getitem__)))
-    ours = semantics.bert_embeddings(["a cat", "dog"], weights="folder")
-    np.testing.assert_allclose(ours, [[4, 5, 6, 7], [14, 15, 16, 17]])
-    assert "'empty'" in complaint(semantics.bert_embeddings, ["dog"], weights="empty")
-    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+def test_bert_embeddings_are_means_over_the_tokens_of_each_text(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    vocabulary = "[PAD] [UNK] [CLS] [SEP] [MASK] a photo of cat aqua ##rium fish .".split()
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "BertTokenizer", "do_lower_case": True}))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.BertModel(transformers.BertConfig(
+            vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=32)).eval()
+    model.save_pretrained(tmp_path)
+    texts = ["a photo of a cat.", "a photo of a aquarium fish.", "Cat"]
+    tokens = [[2, 5, 6, 7, 5, 8, 12, 3], [2, 5, 6, 7, 5, 9, 10, 11, 12, 3], [2, 8, 3]]
+    with torch.no_grad():
+        expected = [model(torch.tensor([row])).last_hidden_state[0].mean(dim=0) for row in tokens]
+    ours = semantics.bert_embeddings(texts, weights=str(tmp_path))
+    np.testing.assert_allclose(ours, torch.stack(expected).numpy(), atol=1e-5)
+    missing = str(tmp_path / "missing")
+    assert f"'{missing}'" in complaint(semantics.bert_embeddings, texts, weights=missing)
+
+
+def test_bert_without_its_package_is_an_error_that_tells_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
     message = complaint(semantics.bert_embeddings, ["dog"])
     assert "pip install transformers" in message and "--semantics" in message
