@@ -30,7 +30,7 @@ import run
 from federation import Client, Experiment, train_clients
 from models import State
 
-# -------------------------------------------------------------------- how alike networks see images
+# --------------------------------------------------------------------------- similarity of networks
 
 def stage_features(net: nn.Module, batches: Iterable[Tensor]) -> list[Tensor]:
     """Outputs of each stage of a ResNet, averaged over the map: stage -> (N, width).
@@ -265,14 +265,15 @@ class TrainedNetwork(nn.Module):
         return models.predict_logits(self.net, images, self.prepare)
 
 
-def trained_network(folder: str | Path, arch: str | None = None,
-                    client: int | None = None) -> TrainedNetwork:
+def trained_network(folder: str | Path, arch: str | None = None, client: int | None = None,
+                    dataset: str | Path | None = None) -> TrainedNetwork:
     """Load a network that a run has trained.
 
     arch: the server's network of an architecture, of --model resnet18-widths for instance
         "resnet18-1/4"; None: of the largest
     client: id of a client, for the network that it uses after all stages, in place of the server's
-    Networks cut by width need the run's data too, for the statistics of batch normalisation.
+    dataset: place of the run's data if they have moved; networks cut by width need them, for the
+        statistics of batch normalisation
     Raises ValueError if the folder has no such network.
     """
     # Files
@@ -292,7 +293,7 @@ def trained_network(folder: str | Path, arch: str | None = None,
 
     # Statistics of a network cut by width
     if len(saved.server["weights"]) < len(constructors):
-        loaded = data.load(settings["dataset"], settings.get("data_dir", "data"))
+        loaded = data.load(dataset or settings["dataset"], settings.get("data_dir", "data"))
         files.check_same(settings, {"dataset": loaded.digest})
         split = partitions.split_by_settings(loaded, settings)
         participants = [part for k, part in enumerate(split.parts) if k not in split.dropouts]
@@ -366,7 +367,7 @@ def compare_clients(folder: str | Path, *, images: int = 2000) -> ClientComparis
 
     Clients are compared after one more round of local training, since an average makes all clients
     of an architecture equal.  The networks have to be ResNets.
-    images: how many, evenly spaced in the whole test set, whatever the run was tested on
+    images: number of test images, evenly spaced in the whole test set, not in the run's subset
     """
     # One more round
     with redirect_stdout(pictures.nowhere()):
@@ -410,7 +411,7 @@ def attack(folder: str | Path, data_dir: str, *, steps: int, level: float,
            count: int = 8) -> tuple[Tensor, Attack]:
     """Reconstruct images from the features that a finished run's ResNet18 makes of them.
 
-    level: of FedIN's noise on the features (Sec. 4.3), in standard deviations of the features
+    level: noise on the features (FedIN, Sec. 4.3), in standard deviations of the features
     count: number of images; the first test images, which the network was not trained on
     Returns the true images (count, C, H, W) uint8, and the outcome.
     """

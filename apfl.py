@@ -4,15 +4,15 @@ Wan et al., Asynchronous Personalized Federated Learning through Global Memoriza
 section numbers below are this paper's.  APFL of Deng et al. (Adaptive Personalized Federated
 Learning, arxiv.org/abs/2003.13461) is another method.
 
-In reading order, as it happens: federated training of the global model, in rounds or with updates
-mixed in as they arrive; after the last round late training (of clients that dropped out),
-memorisation (the server trains the generator of generator.py), friend models (each client trains
-one on synthetic samples), and decoupled interpolation of friend and own model.
+In reading order, which is the order of a run: federated training of the global model, in rounds or
+with updates mixed in as they arrive; after the last round late training (of clients that dropped
+out), memorisation (the server trains the generator of generator.py), friend models (each client
+trains one on synthetic samples), and decoupled interpolation of friend and own model.
 
 symbol       name                  meaning
 theta*       server["weights"]     the global model
-theta_k      server["teachers"]    client k's last upload; the client has it too
-theta_k^l    own                   the localised global model of a client that never took part
+theta_k      server["teachers"]    last upload of client k, which keeps a copy
+theta_k^l    done["late"]          the localised global model of a client without an upload
 theta_k^f    friend                its friend model
 theta_k^p    personalise(...)      its personalised model
 S_n, S_d                           clients that take part, and those that dropped out before round 1
@@ -104,18 +104,15 @@ def staleness_weight(staleness: int, kind: str, *, exponent: float = 0.5, slope:
     1 / (slope (d - patience) + 1).  Source: Xie et al., Asynchronous Federated Optimization,
     arxiv.org/abs/1903.03934, Sec. 5.2 (AP-FL gives no rule).
     """
-    if kind == "polynomial":
-        return (staleness + 1) ** -exponent
-    if kind == "hinge" and staleness > patience:
-        return 1 / (slope * (staleness - patience) + 1)
-    return 1.0
+    hinge = 1 / (slope * max(0, staleness - patience) + 1)
+    return {"constant": 1.0, "polynomial": (staleness + 1) ** -exponent, "hinge": hinge}[kind]
 
 
 def mix(old: State, uploads: Mapping[int, State], counts: Mapping[int, int], *,
         share: float) -> State:
     """(1 - share) x + share x_k: mix the one upload x_k into the global weights x.
 
-    share: mixing weight times s(staleness); counts, of training images, have no part in it
+    share: mixing weight times s(staleness);  counts: not read
     """
     (upload,) = uploads.values()
     return interpolate(old, upload, share)
@@ -126,7 +123,7 @@ def next_arrivals(arrivals: Mapping[int, float], durations: Mapping[int, float],
     """Find the next count events (time, client), if each client starts anew as soon as it arrives.
 
     arrivals: client -> virtual time at which its work under way arrives
-    durations: client -> virtual time that a piece of its work takes
+    durations: client -> virtual time of a piece of its work, above 0
     At equal times the lower id arrives first.
     """
     queue = [(time, k) for k, time in arrivals.items()]
@@ -198,9 +195,9 @@ def asynchronous_round(experiment: Experiment, server: dict, *, local_epochs: in
 
 def apfl_late(experiment: Experiment, server: dict, *, local_epochs: int,
               batch_size: int) -> dict[int, State]:
-    """Train the clients without an upload: dropouts localise the global model (Eq. 12), theta_k^l.
+    """Localise the global model on clients without an upload (Eq. 12), theta_k^l.
 
-    A client whose first work is under way when an asynchronous run ends completes it: its theta_k.
+    A client whose first work is under way at the end of an asynchronous run completes theta_k.
     """
     flights = server.get("flights", {})
     tasks = [Task(client, 1, flights[client.id]["received"]) if client.id in flights else
@@ -356,7 +353,7 @@ def apfl_finish(experiment: Experiment, server: dict, done: dict, save: Callable
                 beta_on: str) -> Ending:
     """Late training, memorisation, friend models, interpolation (Sec. 3.2).
 
-    done: stage -> outcome, of finished stages;  save(done): keeps and returns them
+    done: finished stage -> its outcome;  save(done): stores the outcomes and returns done
     """
     # Localised models of clients that never took part
     if "late" not in done:
@@ -423,16 +420,21 @@ METHODS = {"apfl": FEDAVG._replace(
 
 def add_arguments(add: Callable, number: Callable) -> None:
     """Add AP-FL's own flags; see run.parser for add and number."""
+    # Asynchronous aggregation
     add("--mixing", type=number(float, 0, 1), help="async: mixing weight of a fresh update "
         f"(default: {MIXING}, not given in the paper)")
     add("--staleness", choices=["constant", "polynomial", "hinge"], help="async: decrease of the "
         "mixing weight with staleness (default: polynomial, not given in the paper)")
     add("--speed-spread", type=number(float, 1), help="async: speed ratio of the fastest to the "
         f"slowest client (default: {SPEED_SPREAD:g}, not given in the paper)")
+
+    # Interpolation
     add("--beta", type=number(float, 0, 1), help="weight of the client's model, Eq. 10 and 12 "
         f"(default: {BETA_COLOUR} for colour images, else {BETA_GRAY})")
     add("--beta-on", choices=["client", "friend"], help="model weighted by beta (Eq. 10: client, "
         "default; the sentence after it: friend)")
+
+    # Generator and friend models
     add("--lambda", type=number(float, 0, 1), help="weight of L_cls against L_diversity, Eq. 9 "
         f"(default: {BALANCE})")
     add("--semantics", metavar=f"{{{','.join(SEMANTICS)}}}|FILE.npz", help="A(y), Eq. 11 (default: "

@@ -45,7 +45,7 @@ FEDPROX_MU_APFL = 0.01  # mu in AP-FL's setting, not given in the paper
 MOON_MU = 1.0  # mu; MOON's own for CIFAR-10 is 5
 MOON_TEMPERATURE = 0.5  # tau
 INCO_STEP_LIMIT = 5.0  # upper bound of theta in InCo's released code
-INCO_UPDATE_LIMIT = 0.1  # bound of an entry of the combined update, likewise
+INCO_UPDATE_LIMIT = 0.1  # bound of an entry of the combined update in InCo's released code
 INCLUSIVE_MOMENTUM = 0.2  # beta of InclusiveFL's released code
 DISTILLATION_STEPS = 500  # FedDF's released code has up to 10,000
 DISTILLATION_BATCH = 64  # proxy images per step
@@ -169,7 +169,7 @@ def fedavg_ft_finish(experiment: Experiment, server: dict, done: dict, save: Cal
                      finetune_epochs: int, batch_size: int) -> Ending:
     """Every client fine-tunes the final global model, once (AP-FL, Sec. 4.1).
 
-    done: finished stage -> its outcome;  save(done): keeps and returns these
+    done: finished stage -> its outcome;  save(done): stores the outcomes and returns done
     """
     if "late" not in done:
         tasks = [Task(client, 0, server["weights"][client.arch]) for client in experiment.clients]
@@ -245,8 +245,9 @@ def scaffold_download(server: dict, client: Client, stream: Stream) -> ScaffoldD
 
 def scaffold_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor,
                   correction: State, *, lr: float) -> Tensor:
-    """One step of FedAvg, then y <- y - lr correction, which is c - c_k; return the detached loss.
+    """One step of FedAvg, then y <- y - lr (c - c_k); return the detached loss.
 
+    correction: c - c_k per parameter;  lr: the optimiser's learning rate
     With SGD this is the paper's y <- y - lr (g + c - c_k).  Adam's variates are mean steps over lr.
     """
     loss = fedavg_step(model, optimizer, x, y)
@@ -259,7 +260,10 @@ def scaffold_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor,
 def scaffold_client_update(model: nn.Module, optimizer: Optimizer, received: ScaffoldDownload,
                            data: ClientData, stream: Stream, kept: State, *, local_epochs: int,
                            batch_size: int, lr: float) -> Result:
-    """Train with steps corrected by c - c_k, kept = c_k (Algorithm 1, lines 7-14, option II)."""
+    """Train with steps corrected by c - c_k (Algorithm 1, lines 7-14, option II).
+
+    kept: c_k;  lr: the optimiser's constant learning rate
+    """
     reset(model, optimizer, received.weights)
     correction = learnt_part(model, {name: c - kept[name] for name, c in received.variate.items()})
     loss, samples = run_steps(partial(scaffold_step, model, optimizer, lr=lr),
@@ -280,7 +284,7 @@ def scaffold_variate(c: State, changes: Mapping[int, State], counts: Mapping[int
     """c + sum_k n_k (c_k+ - c_k) / N, for each name (Algorithm 1, line 17).
 
     changes: client -> c_k+ - c_k;  counts: client -> n_k
-    totals: name -> N, the sum of n_k over all clients that hold it, drawn or not
+    totals: name -> N, the sum of n_k over all clients that hold it, drawn or not; absent: 0
     """
     new = {}
     for name, old in c.items():
@@ -288,7 +292,8 @@ def scaffold_variate(c: State, changes: Mapping[int, State], counts: Mapping[int
         for k in sorted(changes):
             if name in changes[k]:
                 total.add_(changes[k][name], alpha=counts[k])
-        new[name] = old + (total / totals[name]).to(old.dtype) if totals[name] else old
+        owned = totals.get(name, 0)
+        new[name] = old + (total / owned).to(old.dtype) if owned else old
     return new
 
 
@@ -306,10 +311,13 @@ def scaffold_server_update(server: dict, updates: Mapping[int, ScaffoldUpdate], 
     variates, new = server["variates"], {}
     groups = [list(variates)] if aggregation == "layerwise" else [[arch] for arch in variates]
     for group in groups:
+        # N per name, over the group's clients
         totals = Counter()
         for owner in owners.values():
             if owner.arch in group:
                 totals.update(dict.fromkeys(variates[owner.arch], len(owner.indices)))
+
+        # The new variates
         changes = {k: update.change for k, update in updates.items() if owners[k].arch in group}
         whole = {name: c for arch in group for name, c in variates[arch].items()}
         merged = scaffold_variate(whole, changes, counts, totals)
@@ -340,7 +348,7 @@ def accumulated_norm(steps: int, momentum: float = 0.0) -> float:
 def fednova_client_update(model: nn.Module, optimizer: Optimizer, received: State,
                           data: ClientData, stream: Stream, *, local_epochs: int,
                           batch_size: int, momentum: float = 0.0) -> Result:
-    """FedAvg's update, sent with a_k; momentum: of SGD, 0 with Adam."""
+    """FedAvg's update, sent with a_k;  momentum: the optimiser's own, 0 with Adam."""
     result = fedavg_client_update(model, optimizer, received, data, stream,
                                   local_epochs=local_epochs, batch_size=batch_size)
     steps = num_steps(len(data.indices), batch_size, local_epochs)
@@ -353,8 +361,8 @@ def normalised_average(old: State, uploads: Mapping[int, State], counts: Mapping
 
     p_k = n_k / sum n_k, over the clients that hold the layer
     norms: client -> a_k, 0 for one without steps
-    Computed as the mean of x + (tau_eff / a_k) (y_k - x), so equal a_k are FedAvg bit for bit.
-    Buffers are averaged as they are.
+    Computed as the mean of x + (tau_eff / a_k) (y_k - x), so equal whole a_k are FedAvg bit for
+    bit.  Buffers are averaged as they are.
     """
     # tau_eff, per name
     one = torch.ones((), dtype=torch.float64)
@@ -389,7 +397,8 @@ def frozen_copy(model: nn.Module, weights: State) -> nn.Module:
 def contrastive_loss(z: Tensor, z_global: Tensor, z_previous: Tensor, temperature: float) -> Tensor:
     """-log(e^(s_g / tau) / (e^(s_g / tau) + e^(s_p / tau))), mean over samples (MOON's l_con).
 
-    s_g, s_p: cosine similarity of z to z_global (attracting) and z_previous (repelling), (B, width)
+    z, z_global, z_previous: (B, width) representations
+    s_g, s_p: (B,) cosine similarities of z to z_global (attracting) and z_previous (repelling)
     """
     similarities = [F.cosine_similarity(z, other) for other in (z_global, z_previous)]
     return -F.log_softmax(torch.stack(similarities) / temperature, dim=0)[0].mean()
@@ -435,7 +444,7 @@ def cross_layer_update(update: Tensor, reference: Tensor) -> Tensor:
     theta = |<g, g0>| / <g0, g0>, at most INCO_STEP_LIMIT
     update, reference: g and g0, both (out, in, 3, 3); norms and products are of a 3x3 kernel
     """
-    # The absolute value is from InCo's code; its convex problem would project.
+    # The absolute value is from InCo's code.  InCo's convex problem has a projection here.
     def product(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(dim=(2, 3), keepdim=True)
 
@@ -590,10 +599,12 @@ def feddf_distil(server: dict, updates: Mapping[int, Update], network: Callable,
                  distillation_steps: int = DISTILLATION_STEPS) -> dict:
     """Distil the clients' mean logits on proxy images into the averaged models (Algorithms 1, 3).
 
-    network: (architecture, weights) -> a network;  proxy: images whose labels are not read
+    network: (architecture, weights) -> a network
+    proxy: two or more images, whose labels are not read; None only without steps
     validation: labelled images, on which the best of the average and of the students after every
         DISTILLATION_CHECK steps is chosen, as in the released code; None: the last
-    Every architecture's student begins with the average of its clients and learns from all clients.
+    Every architecture's student begins with the average of its clients, or its old weights without
+    any, and learns from all clients.
     Raises FloatingPointError if a student is no longer finite.
     """
     if distillation_steps == 0:

@@ -41,6 +41,7 @@ def predicted_right(experiment: Experiment, in_use: Iterable[tuple[object, str, 
             continue
         rank_of[key] = len(rank_of) % ranks.count()
         if rank_of[key] == ranks.number():
+            # Statistics have no effect unless the network was cut by width.
             model = experiment.network(arch, weights)
             collect_statistics(model, spread_batches(images, participants, prepare))
             predicted = predict(model, experiment.data.x_test, prepare)
@@ -83,7 +84,7 @@ def zero_shot_accuracies(right: Tensor, labels: Tensor, seen: Sequence[int],
     """Accuracies as in generalised zero-shot learning; predictions are over all classes.
 
     right: (clients, N) bool, test images that a client's model gets right;  labels: (N,)
-    Means over the classes that participants hold, over the others, and their harmonic mean.
+    Means over the seen classes and over the unseen classes, and the harmonic mean of the two.
     """
     def mean_of_classes(classes: Sequence[int]) -> float:
         per_class = [right[:, labels == label].double().mean() for label in classes
@@ -109,7 +110,7 @@ def accuracies(experiment: Experiment, right: Mapping[int, Tensor]) -> dict:
 
 def group_accuracies(experiment: Experiment, right: Mapping[int, Tensor],
                      ) -> dict[tuple[str, str], float | None]:
-    """(group, name) -> accuracy: of clients that take part, "", and of "dropout" clients."""
+    """(group, name) -> accuracy; group "" is the available clients, "dropout" the dropouts."""
     groups = {"": experiment.available, "dropout": experiment.dropouts}
     return {(group, name): value for group, ids in groups.items() if ids for name, value in
             share_accuracies({k: right[k] for k in ids}, experiment.test_shares).items()}
@@ -122,6 +123,7 @@ def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
 
     Where clients' networks are cut out of a larger one, full_accuracy is the larger one's.
     """
+    # Most methods deploy the global model of the client's architecture, the key.
     in_use = ((client.id, client.arch, *experiment.method.deploy(server, client,
                                                                  memory.get(client.id)))
               for client in experiment.clients)
@@ -138,7 +140,7 @@ def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
 def final_metrics(experiment: Experiment, line: dict, ending: Ending) -> dict:
     """Last line of the log, with the accuracies of the models that clients use in the end.
 
-    line: the last line of the rounds, whose accuracies become global_accuracy and so on
+    line: the last line of the rounds; its accuracies become global_(personal_)accuracy
     With several kinds of models, as in AP-FL, accuracies of each kind are added.
     """
     entry = {**line, "download_mb": line["download_mb"] + ending.download / 1e6}

@@ -3,9 +3,9 @@
 In reading order: the values that pass between server and clients; a method as a row of functions;
 a run (Experiment); local training (run_steps is the one loop over batches); clients in parallel.
 
-Three values are kept apart.  received and Result.update cross the network, and the bytes of their
-tensors are the traffic.  kept stays on a client's device between rounds.  server stays with the
-server.  kept and server are saved, so they are nests of dicts, lists, tensors and numbers.
+Values are kept apart by place.  received and Result.update cross the network; their bytes are the
+traffic.  kept stays on a client between rounds.  server stays on the server.  kept and server are
+saved: nests of dicts, lists, tensors and numbers.
 """
 
 import inspect
@@ -72,7 +72,7 @@ class Task(NamedTuple):
     client: Client
     number: int  # the round, or another number that seeds its random streams
     received: Any
-    memory: tuple = ()  # (kept,) of a stateful method, else nothing
+    kept: tuple = ()  # (kept,) of a stateful method; empty otherwise
 
 
 class Ending(NamedTuple):
@@ -95,7 +95,7 @@ class Method(NamedTuple):
     deploy: Callable  # (server, client, kept) -> (key, weights) in use; equal keys, equal weights
     networks: Mapping[str, Mapping[str, Callable]]  # --model -> architecture -> constructor
     averages: Sequence[str]  # values of --aggregation
-    defaults: Mapping[str, Any]  # flags of the method that not every method reads -> default
+    defaults: Mapping[str, Any]  # flags that not every method reads, and "setting" -> default
     in_setting: Mapping[str, Mapping[str, Any]] = {}  # --setting -> other defaults
 
     # Hooks of some methods alone
@@ -124,14 +124,14 @@ def fill_in_flags(function: Callable, values: Mapping[str, Any]) -> Callable:
         if name in values:
             arguments[name] = values[name]
         elif parameter.default is parameter.empty:
-            raise TypeError(f"{function.__name__} needs {name}, and no flag has this name")
+            raise TypeError(f"{function} needs {name}, and no flag has this name")
     return partial(function, **arguments)
 
 
 # ------------------------------------------------------------------------------------------- a run
 
 class Experiment(NamedTuple):
-    """Everything that stays equal through all rounds of a run."""
+    """Everything that stays equal through a run, and spare, the scratch networks in reserve."""
 
     settings: dict
     method: Method  # bound to the settings
@@ -163,7 +163,7 @@ def prepare_experiment(method: Method, settings: dict, split: Split) -> Experime
     spread = settings.get("speed_spread", SPEED_SPREAD)
     speeds = spread ** numpy_stream(settings["seed"], SPEEDS).uniform(size=num_clients)
 
-    # The method, and builders of its networks
+    # The method, and builders of its networks.  Functions say balance for lambda, a word of Python.
     bound = bind(method, settings, owners={client.id: client for client in remaining},
                  class_names=split.data.classes, balance=settings.get("lambda"),
                  **server_images(split))
@@ -182,12 +182,12 @@ def first_server(experiment: Experiment) -> dict:
 
 
 def num_participants(settings: Mapping[str, Any]) -> int:
-    """Clients drawn per round; in asynchronous runs arrivals per round, as many as clients."""
+    """Clients drawn per round, at most; in asynchronous runs all of them."""
     return max(1, round(settings.get("participation", 1.0) * settings["clients"]))
 
 
 def draw_participants(experiment: Experiment, t: int) -> list[int]:
-    """Draw the clients of round t, ascending; equal for every method."""
+    """Draw the clients of round t, ascending; equal for all methods with equal available ones."""
     rng = numpy_stream(experiment.settings["seed"], PARTICIPANTS, t)
     count = min(num_participants(experiment.settings), len(experiment.available))
     return sorted(rng.choice(experiment.available, count, replace=False).tolist())
@@ -227,7 +227,7 @@ def describe(experiment: Experiment, server: dict) -> str:
     sent = [num_bytes(method.download(server, client, streams(settings["seed"], 0, client.id)))
             for client in experiment.clients]
     mean = sum(sent) / len(sent) * participants / 1e6
-    return "\n".join([*lines, f"traffic: about {mean:.0f} MB each way per round"])
+    return "\n".join([*lines, f"traffic: about {mean:.0f} MB downloaded per round"])
 
 
 def traffic(results: Iterable[tuple[object, Result]]) -> dict[str, float]:
@@ -246,20 +246,20 @@ def reset(model: nn.Module, optimizer: Optimizer, weights: State) -> None:
     """Load weights into the scratch model, in training mode, and clear the optimiser's state."""
     model.load_state_dict(weights)
     model.train()
-    # Zeros are the state of a new Adam or SGD, which would allocate twice the model's size.
+    # Zeros equal the state of a new optimiser, and spare its allocation.
     for tensor in tensors_in(list(optimizer.state.values())):
         tensor.zero_()
 
 
-def run_steps(step: Callable, batches: Iterable[tuple], *tensors: object) -> tuple[float, int]:
+def run_steps(step: Callable, batches: Iterable[tuple], *fixed: object) -> tuple[float, int]:
     """Run a method's step on every batch; return the sum of losses over samples, and their number.
 
-    step: (x, y, *others, *tensors) -> detached mean loss of the batch; one whole optimiser step
-    batches: (x, y, *others);  others change from batch to batch, tensors do not
+    step: (x, y, *others, *fixed) -> detached mean loss of the batch; one whole optimiser step
+    batches: (x, y, *others);  fixed: equal for all batches, such as the weights at the start
     """
     loss_sum, samples = 0.0, 0
     for x, y, *others in batches:
-        loss = step(x, y, *others, *tensors)
+        loss = step(x, y, *others, *fixed)
         loss_sum, samples = loss_sum + loss * len(y), samples + len(y)
     return float(loss_sum), samples
 
@@ -275,8 +275,9 @@ def train_clients(experiment: Experiment, update: Callable, tasks: Sequence[Task
     """
     settings, ids = experiment.settings, [task.client.id for task in tasks]
 
-    # The largest go first, so that no worker ends up alone with one.  (Local receives nothing.)
-    cost = {task.client.id: len(task.client.indices) * num_bytes(task.received or task.memory)
+    # The costliest start first, so that no worker finishes long after the others.  Local downloads
+    # nothing, and costs what its memory does.
+    cost = {task.client.id: len(task.client.indices) * num_bytes(task.received or task.kept)
             for task in tasks}
     owner = ranks.deal_out(cost)
     todo = sorted((task for task in tasks if owner[task.client.id] == ranks.number()),
@@ -307,7 +308,7 @@ def train_client(experiment: Experiment, update: Callable, task: Task) -> Result
                           stream(AUGMENTATION) if settings["augment"] else None)
     client_data = ClientData(images, experiment.data.y_train, client.indices, prepare)
 
-    # A scratch network: a spare one, or a new one if all others are training
+    # A scratch network without meaningful weights; the client update loads them (reset).
     try:
         model, optimizer = experiment.spare[client.arch].pop()
     except IndexError:
@@ -318,7 +319,7 @@ def train_client(experiment: Experiment, update: Callable, task: Task) -> Result
 
     # autocast's cache would keep the weights of the first step for all others.
     with torch.autocast(images.device.type, torch.bfloat16, settings["amp"], cache_enabled=False):
-        result = update(model, optimizer, task.received, client_data, stream, *task.memory)
+        result = update(model, optimizer, task.received, client_data, stream, *task.kept)
     optimizer.zero_grad()  # frees the gradients while the network waits for its next client
     experiment.spare[client.arch].append((model, optimizer))
 

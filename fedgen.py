@@ -50,7 +50,7 @@ class LatentGenerator(nn.Module):
 
 
 def initial_latent_generator(num_classes: int, width: int, rng: torch.Generator) -> LatentGenerator:
-    """Build a generator whose weights are drawn from rng; the global generator stays as it was."""
+    """Build a generator with weights drawn from a copy of rng; no random stream advances."""
     with drawing_from(rng):
         return LatentGenerator(num_classes, width)
 
@@ -79,7 +79,7 @@ def latent_diversity_loss(z: Tensor, latents: Tensor) -> Tensor:
 
 def latent_generator_step(generator: LatentGenerator, optimizer: Optimizer, z: Tensor, y: Tensor,
                           heads: Sequence[Callable], weights: Tensor) -> Tensor:
-    """One step on sum_k w_k^y CE_k + L_diversity, in place; return the detached loss.
+    """One step on sum_k w_k^y CE_k + L_diversity; return the detached loss.
 
     z, y: noise (N, d_z) and labels (N,);  heads: the clients' last layers
     weights: (heads, classes), w_k^y, from class_weights
@@ -110,12 +110,12 @@ def train_latent_generator(generator: LatentGenerator, optimizer_state: dict | N
 
     # Labels, of classes that a client holds, are drawn before noise, both from one stream.
     generator.train()
-    held = weights.sum(dim=0).nonzero().flatten()
+    classes = weights.sum(dim=0).nonzero().flatten()
     for _ in range(steps):
-        labels = drawn(partial(torch.randint, len(held)), (LATENT_BATCH,), rng=rng,
-                       device=held.device)
-        z = latent_noise(LATENT_BATCH, rng, held.device)
-        latent_generator_step(generator, optimizer, z, held[labels], heads, weights)
+        labels = drawn(partial(torch.randint, len(classes)), (LATENT_BATCH,), rng=rng,
+                       device=classes.device)
+        z = latent_noise(LATENT_BATCH, rng, classes.device)
+        latent_generator_step(generator, optimizer, z, classes[labels], heads, weights)
     generator.eval()
     return optimizer.state_dict()
 
@@ -144,7 +144,7 @@ def fedgen_download(server: dict, client: Client, stream: Stream) -> FedGenDownl
 
 
 def fedgen_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, latents: Tensor,
-                random_y: Tensor, weight: float, *, batch_size: int) -> Tensor:
+                random_y: Tensor, weight: float | Tensor, *, batch_size: int) -> Tensor:
     """One step on CE(x) + weight (L / batch_size CE(latents) + KL(q || p)); return detached CE(x).
 
     latents: (L + B, width), of L random labels, random_y (L,), and of the batch's labels y (B,)

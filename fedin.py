@@ -3,15 +3,16 @@
 Anonymous authors, FedIN: Federated Intermediate Layers Learning for Model Heterogeneity (under
 double-blind review).  Equation and section numbers below are this paper's.
 
-In reading order: gradient alleviation (Eq. 8-13); noise (Sec. 4.3); one step; then one round: the
-download, the client's update, the server's update.
+In reading order: gradient alleviation (Eq. 12; Eq. 13 is in fedin_step); noise (Sec. 4.3); one
+step; then one round: the download, the client's update, the server's update.
 
 symbol            name                shape
 x, y              x, y                (B, C, 32, 32), (B,)
 s_in, s_out       s_in, s_out         (B, 64, 8, 8), (B, 512, 1, 1) for the ResNets
 S                 features            rows of (s_in, s_out) from other clients
 w_e, w_in, w_c    model.extractor, model.intermediate, model.classifier
-G_local, G_IN, Z  local, inner, combined gradients, tensor by tensor as the parameters
+G_local, G_IN     local, inner        gradients, tensor by tensor as the parameters
+Z                 project_gradient    combined gradient
 mu                mu                  weight of the proximal term; the paper prints mu/2 = 0.05
 lambda                                Lagrange multiplier, 1; Eq. 13 weighs G_local by half of it
 
@@ -28,19 +29,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from baselines import (FEDAVG, SYNCHRONOUS, add_proximal_gradient, fedavg_init,
+from baselines import (SYNCHRONOUS, add_proximal_gradient, fedavg_deploy, fedavg_init,
                        fedavg_server_update, fedprox_step)
 from data import (BATCHES, FEATURE_BATCH, FEATURE_NOISE, FEATURE_POOL, NOISE, ClientData, Stream,
                   batches, drawn)
-from federation import Client, Result, reset, run_steps
-from models import State, copy_parameters, copy_state
+from federation import Client, Method, Result, reset, run_steps
+from models import MODELS, State, copy_parameters, copy_state
 
 MU = 0.1  # mu, Sec. 5.1: "mu/2 ... is 0.05"
 NOISE_LEVEL = 0.8  # FedIN (+Noise), in standard deviations of the features, Sec. 4.3
 FEATURE_BATCH_SIZE = 16  # |S|, Sec. 5.4 and Fig. 6c
 FEATURE_BATCHES = 1  # "sample number", Fig. 6d
-# --projection -> weight of G_local: lambda / 2 in Eq. 13; 1 before Eq. 12, and "w/o Opt" (Table 2b)
-LOCAL_SHARE = {"simplified": 0.5, "exact": 1.0, "sum": 1.0}
+# --projection -> weight of G_local in its sum with G_IN: lambda / 2 (Eq. 13), 1 ("w/o Opt", Table
+# 2b); Eq. 12 has no sum.
+LOCAL_SHARE = {"simplified": 0.5, "sum": 1.0, "exact": None}
 
 Features = tuple[Tensor, Tensor]  # (s_in, s_out), one row per sample
 
@@ -57,7 +59,7 @@ class Upload(NamedTuple):
 
     weights: State
     num_samples: int  # n_k
-    features: Features | None  # its own, made after local training
+    features: Features | None  # made of the client's images after local training
 
 
 # --------------------------------------------------------------- gradient alleviation (Section 4.2)
@@ -94,7 +96,8 @@ def set_projected_gradients(intermediate: nn.Module, l_in: Tensor) -> None:
 def add_noise(s: Tensor, level: float, z: Tensor) -> Tensor:
     """s + level sigma z, with sigma the standard deviation of s over the whole tensor, detached.
 
-    level: 0.8 in the paper (Sec. 4.3);  z: standard normal noise, shaped like s
+    s: at least two elements;  z: standard normal noise, shaped like s
+    level: 0.8 in the paper (Sec. 4.3)
     """
     return s + level * s.detach().std() * z
 
@@ -179,7 +182,7 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Downlo
     # A step, and batches with what it needs besides (x, y)
     reset(model, optimizer, received.weights)
     start, images = copy_parameters(model), batches(data, batch_size, local_epochs, stream(BATCHES))
-    level = noise if noise_on == "features" else 0.0
+    level = {"features": noise, "upload": 0.0}[noise_on]
     pairs = feature_pairs(received.features, feature_batch_size)
     if pairs or level:
         step = partial(fedin_step, model, optimizer, mu=mu, noise=level, projection=projection)
@@ -198,7 +201,7 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Downlo
 
 
 def feature_pairs(features: Features | None, batch_size: int) -> list[Features]:
-    """Split features into batches, without a last one of a single row (data.batches says why)."""
+    """Split features into batches, without a last batch of one row; see data.batches."""
     if features is None:
         return []
     pairs = zip(*(tensor.split(batch_size) for tensor in features))
@@ -207,9 +210,10 @@ def feature_pairs(features: Features | None, batch_size: int) -> list[Features]:
 
 @torch.no_grad()
 def feature_shapes(model: nn.Module, images: Tensor) -> Features:
-    """Features (s_in, s_out) of a black image, for shapes; the model stays in training mode."""
+    """Features (s_in, s_out) of zeros, for their shapes; the model ends in training mode."""
     model.eval()
-    s_in = model.extractor(torch.zeros_like(images[:1], dtype=torch.float32))
+    dtype = next(model.parameters()).dtype
+    s_in = model.extractor(torch.zeros_like(images[:1], dtype=dtype))
     shapes = s_in, model.intermediate(s_in)
     model.train()
     return shapes
@@ -235,6 +239,7 @@ def own_features(model: nn.Module, data: ClientData, count: int, stream: Stream,
     The images are prepared as for training, so --augment changes them too.
     noise: the upload carries it; with noise_on "features" s_out is computed from the noisy s_in
     """
+    # Images, and noise as the upload carries it
     model.eval()
     order = torch.randperm(len(data.indices), generator=stream(FEATURE_BATCH))[:count]
     x = data.prepare(data.images[data.indices[order.to(data.indices.device)]])
@@ -245,10 +250,11 @@ def own_features(model: nn.Module, data: ClientData, count: int, stream: Stream,
             return s
         return add_noise(s, noise, drawn(torch.randn, *s.shape, rng=rng, device=s.device))
 
+    # Features, in float32 also with --amp
     s_in = model.extractor(x)
     noisy_in = noisy(s_in)
     s_out = model.intermediate(noisy_in if noise_on == "features" else s_in)
-    return noisy_in.float(), noisy(s_out).float()  # from bfloat16 with --amp
+    return noisy_in.float(), noisy(s_out).float()
 
 
 def fedin_server_update(server: dict, updates: Mapping[int, Upload], *,
@@ -272,11 +278,13 @@ ABLATIONS = {  # value of --ablate -> flags that it sets (Table 2b)
     "prox": {"mu": 0.0}, "opt": {"projection": "sum"}}
 
 # A client sends weights and features.
-METHODS = {"fedin": FEDAVG._replace(
+METHODS = {"fedin": Method(
     init=fedin_init, download=fedin_download, client_update=fedin_client_update,
-    server_update=fedin_server_update, averages=SYNCHRONOUS, defaults=FEDAVG.defaults | {
-        "mu": MU, "noise": 0.0, "noise_on": "features", "projection": "simplified", "ablate": [],
-        "feature_batch_size": FEATURE_BATCH_SIZE, "feature_batches": FEATURE_BATCHES})}
+    server_update=fedin_server_update, deploy=fedavg_deploy, networks=MODELS,
+    averages=SYNCHRONOUS, defaults={
+        "aggregation": "layerwise", "mu": MU, "noise": 0.0, "noise_on": "features",
+        "projection": "simplified", "ablate": [], "feature_batch_size": FEATURE_BATCH_SIZE,
+        "feature_batches": FEATURE_BATCHES})}
 
 
 def add_arguments(add: Callable, number: Callable) -> None:

@@ -196,7 +196,7 @@ def load_checkpoint(out: Path, device: str) -> Progress | None:
             if archive.testzip() is not None:
                 raise ValueError("a checksum is wrong")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        # By position, since the last two fields have had other names.
+        # By position: field names are no part of the format.
         return Progress(*on_device(list(saved.values()), device))
     # On a broken file torch, pickle and zipfile raise a dozen kinds of errors.
     except Exception as error:
@@ -309,7 +309,7 @@ def summarise(history: list[dict], totals: dict) -> dict:
             "images_per_second": round(totals["samples"] / totals["training_seconds"], 1)}
 
 
-# ------------------------------------------------------------------------------------- how runs end
+# ------------------------------------------------------------------------------------- end of a run
 
 @contextmanager
 def error_context(place: str):

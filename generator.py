@@ -69,7 +69,7 @@ class SemanticGenerator(nn.Module):
 
 def initial_generator(semantics: Tensor, channels: int, noise_dim: int,
                       rng: torch.Generator) -> SemanticGenerator:
-    """A new generator with weights drawn from rng; torch's global generator stays as it was."""
+    """A new generator with weights drawn from a copy of rng; no random stream advances."""
     with drawing_from(rng):
         return SemanticGenerator(semantics, channels, noise_dim).to(memory_format=LAYOUT)
 
@@ -98,7 +98,7 @@ def class_weights(counts: Tensor) -> Tensor:
 def counting_rows(y: Tensor, weights: Tensor) -> list[Tensor]:
     """Per teacher, the indices of the samples with alpha > 0 among the labels y (N,).
 
-    A GPU is waited for, since the number of indices depends on the labels.
+    A GPU is synchronised, since the number of indices depends on the labels: call it outside steps.
     """
     return [weight.nonzero().flatten() for weight in weights[:, y]]
 
@@ -121,7 +121,7 @@ def classification_loss(x: Tensor, y: Tensor, teachers: Sequence[Callable[[Tenso
     return total / len(y)
 
 
-def diversity_loss(x: Tensor, *, distance: str = "l2") -> Tensor:
+def diversity_loss(x: Tensor, *, distance: str) -> Tensor:
     """L_diversity, Eq. 8: minus the mean distance between two samples of one class.
 
     x: (classes, n_s, ...) samples by class, n_s at least 2; Eq. 8 is averaged over the classes
@@ -181,11 +181,11 @@ def train_generator(generator: SemanticGenerator, teachers: Sequence[nn.Module],
                     rng: torch.Generator, *, generator_steps: int, generator_batch: int,
                     balance: float = BALANCE, distance: str = DISTANCE, lr: float = GENERATOR_LR,
                     report: Callable[[Tensor], object] | None = None) -> None:
-    """Train the generator without any data (Eq. 9), in place; it ends in evaluation mode.
+    """Train the generator in place without any data (Eq. 9), and end in evaluation mode.
 
-    teachers: the clients' models (Eq. 6), or the global model alone; they are frozen here
-    weights: (teachers, classes) alpha; a class of sum 0 is skipped, since no teacher can judge it
-    generator_batch: n_s, samples per class and step (the paper feeds 600)
+    teachers: clients' models (Eq. 6), or the global model alone; frozen in place
+    weights: (teachers, classes) alpha with a positive entry; classes of sum 0 are skipped
+    generator_batch: n_s, at least 2, samples per class and step (600 in Sec. 4.1)
     report: called after every step with its losses (L_cls, L_diversity), (2,)
     """
     # Networks and optimizer

@@ -129,8 +129,8 @@ def representation(model: nn.Module, x: Tensor) -> Tensor:
 # things follow, worth a factor of 1.5 to 1.7 in a training step on a CPU:
 # - Conv2d multiplies only the taps that meet the image.
 # - A scratch network for training is trimmed: its parameters hold these taps alone, so gradients,
-#   optimisers and proximal terms skip the others (more than half of ResNet18), which no gradient
-#   ever reaches.  state_dict() and load_state_dict() still speak of whole kernels.
+#   optimisers, weight decay and proximal terms skip the others (more than half of ResNet18).  No
+#   gradient ever reaches them.  state_dict() and load_state_dict() still speak of whole kernels.
 # Parameters of a trimmed network are therefore smaller than the weights of the same name.
 # learnt_part cuts weights to the size of the parameters; copy_parameters needs no cutting.
 

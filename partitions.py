@@ -68,7 +68,6 @@ def split_data(whole: Dataset, num_clients: int, seed: int, *, train_images: int
     participating = torch.cat([part for k, part in enumerate(parts) if k not in dropouts])
     seen = data.y_train[participating].unique().tolist()
     held = data.y_train[torch.cat(parts)].unique().tolist()
-
     unseen = [label for label in held if label not in seen]
 
     # Statistics, and images of the server
@@ -178,6 +177,9 @@ def proxy_images(proxy: str, whole: Dataset, held_out: Tensor, seed: int) -> Ten
     elif proxy == "noise":
         shape = (min(PROXY_IMAGES, len(whole.y_train)), channels, IMAGE_SIZE, IMAGE_SIZE)
         images = torch.from_numpy(rng.integers(256, size=shape, dtype=np.uint8))
+    elif not proxy.lower().endswith(".npz"):
+        raise ValueError(f"unknown --proxy '{proxy}': choose one of {', '.join(PROXIES)}, or give "
+                         "the path of an .npz file")
     else:
         images = load(proxy).x_train
         images = images[torch.from_numpy(rng.permutation(len(images))[:PROXY_IMAGES])]
@@ -255,7 +257,8 @@ def partition_dropout(labels: Tensor, num_clients: int, missing: float, classes_
                       rng: np.random.Generator) -> tuple[list[Tensor], list[int]]:
     """Split for AP-FL's dropout setting: gamma classes per client, and the last clients drop out.
 
-    missing: share of the classes, the last ones, that participants lack (MC in Table 3)
+    missing: share of the C classes that participants lack (MC in the paper's Table 3): the last
+        round(missing C) ones, at least one
     As few clients drop out as can hold the missing classes, the last ones by id.  Their other
     places go to the classes before.  Participants share the rest as in partition_pathological.
     Returns the parts and the ids of the dropout clients.  Ten clients, ten classes, gamma 2 and a

@@ -38,7 +38,7 @@ from federation import (SPEED_SPREAD, Experiment, Method, Task, describe, draw_p
                         first_server, num_participants, prepare_experiment, traffic,
                         train_clients, train_server)
 from files import Progress
-from settings import (MACHINE, RECORDED, check_combination, command_line, implied_flags, num_cores,
+from settings import (RECORDED, check_combination, command_line, implied_flags, num_cores,
                       read_settings, typed_as)
 
 # ---------------------------------------------------------------------------------------- settings
@@ -67,12 +67,15 @@ COMMON = {  # defaults in every setting
 
 # --------------------------------------------------------------------------------- the command line
 
+LARGEST = 1e9  # bound of every number on the command line, if it has no other
+
+
 def read_command_line(argv: list[str] | None) -> dict:
-    """Typed flags and their values.  Raises ValueError if one does not exist or cannot be so."""
+    """Typed flags and their values.  Raises ValueError for an unknown flag or an invalid value."""
     return vars(parser().parse_args(argv))
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf, *,
+def number(kind: type, low: float = -LARGEST, high: float = LARGEST, *,
            above: float | None = None) -> Callable[[str], float]:
     """Type of a flag that is a number (int or float) from low to high, and above a bound."""
     return partial(read_number, kind=kind, low=low, high=high, above=above)
@@ -84,10 +87,10 @@ def read_number(text: str, kind: type, low: float, high: float, above: float | N
         value = kind(text)
     except ValueError:
         value = math.nan
-    if low <= value <= high and math.isfinite(value) and (above is None or value > above):
+    if low <= value <= high and (above is None or value > above):
         return value
-    bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"above {above}"] * (above is not None)
-    bounds += [f"at most {high:g}"] * (high < math.inf)
+    bounds = [f"at least {low:g}"] * (low > -LARGEST) + [f"above {above}"] * (above is not None)
+    bounds += [f"at most {high:g}"] * (high < LARGEST)
     noun = "a whole number" if kind is int else "a number"
     raise argparse.ArgumentTypeError(f"must be {noun} {' and '.join(bounds)}, not '{text}'")
 
@@ -113,8 +116,7 @@ def parser() -> argparse.ArgumentParser:
     add("--clients", type=number(int, 1), help="number of clients, K (AP-FL: also 5)")
     add("--participation", type=number(float, high=1, above=0), help="share of the clients drawn "
         "per round (FedIN: not given in the paper)")
-    add("--rounds", type=number(int, 1), help="rounds (AP-FL: not given in the paper); may grow on "
-        "--resume")
+    add("--rounds", type=number(int, 1), help="rounds (AP-FL: not given); may grow on --resume")
     add("--local-epochs", type=number(int, 1), help="local epochs per round")
     add("--batch-size", type=number(int, 2), help="training images per step")
     add("--lr", type=number(float, above=0), help="learning rate, constant")
@@ -128,8 +130,7 @@ def parser() -> argparse.ArgumentParser:
     add("--aggregation", choices=["layerwise", "per-architecture", "async"], help="average layers "
         "of one name across architectures (default; FedIN Sec. 4.4), or within each architecture "
         "(Table 3), or mix in each update as it arrives (AP-FL Sec. 3.2)")
-    add("--eval-every", type=number(int, 1), help="rounds between evaluations; the last round "
-        "always has one")
+    add("--eval-every", type=number(int, 1), help="rounds between evaluations, besides the last")
 
     add = top.add_argument_group("machine and files").add_argument
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
@@ -170,7 +171,7 @@ def raise_usage_error(message: str) -> NoReturn:
 def resolve(typed: dict) -> dict:
     """Every setting of a run: SETTINGS, then the method's defaults, then the typed flags.
 
-    beta and classes_per_client stay None until the data are there.
+    beta, classes_per_client and finetune_epochs stay None until read_inputs sets them.
     Raises ValueError for a flag that the run would not read, or a combination that cannot run.
     """
     name, dataset = typed.get("method", "fedin"), typed.get("dataset", "digits")
@@ -199,13 +200,14 @@ def settings_to_resume(out: Path, typed: dict) -> dict:
     # Typing every stored setting has to give these very settings.
     settings = files.read_config(out)
     try:
-        skipped = {*MACHINE, *RECORDED, *implied_flags(settings)}
+        skipped = {"device", *RECORDED, *implied_flags(settings)}
         stored = {name: value for name, value in settings.items() if name not in skipped
                   and value is not None and value is not False and value != []}
         expected = resolve(read_command_line(command_line(stored)))
-        sound = all(settings[name] == value for name, value in expected.items()
-                    if name not in MACHINE)
-    except (ValueError, KeyError, TypeError):
+        records = [settings.get(name, {}) for name in RECORDED]
+        sound = settings | expected | {"device": str(settings["device"])} == settings and all(
+            isinstance(record, dict) for record in records)
+    except (ValueError, KeyError, TypeError, SystemExit):  # the last by --help
         sound = False
     if not sound:
         raise ValueError(f"{out / 'config.json'} is damaged or of another version: start a new run "
@@ -231,7 +233,7 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
         out = f"runs/{typed.get('method', 'fedin')}-{dataset}-{typed.get('seed', 0)}"
     out = Path(out)
 
-    # One process reads for all.  Equal bits need the same number of threads in all of them.
+    # Rank 0 reads for all ranks.  Equal bits need equal thread counts in all ranks.
     torch.set_num_threads(num_cores())
     settings, split, progress, history = ranks.on_rank(0, partial(read_inputs, typed, out, resume))
     settings["device"] = ranks.own_device(settings["device"])
@@ -259,7 +261,7 @@ def read_inputs(typed: dict, out: Path, resume: bool,
         settings = settings_to_resume(out, typed)
     settings |= {"versions": files.versions()}
 
-    # Data, and the settings that depend on them
+    # Data, and defaults that need data or other settings
     loaded = data.load(settings["dataset"], settings.get("data_dir", "data"))
     depending = {"beta": apfl.BETA_COLOUR if loaded.x_train.shape[1] == 3 else apfl.BETA_GRAY,
                  "classes_per_client": partitions.classes_each(len(loaded.classes),
@@ -268,8 +270,9 @@ def read_inputs(typed: dict, out: Path, resume: bool,
     settings |= {name: value for name, value in depending.items()
                  if settings.get(name, value) is None}
     split = partitions.split_by_settings(loaded, settings)
-    digests = {"dataset": loaded.digest} | ({"proxy": data.digest(split.proxy)} if str(
-        settings.get("proxy")).endswith(".npz") else {})
+    digests = {"dataset": loaded.digest}
+    if files.is_input_file("proxy", settings.get("proxy")):
+        digests["proxy"] = data.digest(split.proxy)
     settings |= {"input": partitions.network_input(split), **files.check_same(settings, digests)}
 
     # Progress
@@ -300,8 +303,8 @@ def continue_from(out: Path, saved: Progress, first: Progress, experiment: Exper
     if saved.round < experiment.settings["rounds"]:
         saved = saved._replace(stage_results={})
 
-    # The checkpoint's A(y) counts, and a file that is named anew has to agree.
-    for name in typed.keys() & {"semantics", "word_vectors"}:
+    # A(y) comes from the checkpoint.  A file that the command line names has to equal it.
+    for name in sorted(typed.keys() & {"semantics", "word_vectors"}):
         if not torch.equal(saved.server["semantics"], first.server["semantics"]):
             raise ValueError(f"{typed_as(name)} {typed[name]} is not what this run began with: "
                              "pass its location, or start a new run with another --out")
@@ -416,7 +419,7 @@ def train_rounds(experiment: Experiment, progress: Progress, history: list[dict]
 # ------------------------------------------------------------------ after the last round, and main
 
 def save_stages(out: Path, progress: Progress, done: dict) -> dict:
-    """Keep the outcomes of the stages after the last round that are done, and return them."""
+    """Save the outcomes of finished stages, without their time, and return them."""
     files.save_checkpoint(out, progress._replace(stage_results=done))
     return done
 

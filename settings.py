@@ -12,7 +12,6 @@ from federation import Method
 from fedin import ABLATIONS
 from semantics import ENCODERS
 
-MACHINE = ("device", "workers")  # settings that no result depends on
 RECORDED = ("versions", "input", "digests")  # entries of config.json that are no flags
 
 # Flag -> other flags.  A run reads it only if one of these has one of these values,
@@ -54,15 +53,15 @@ def implied_flags(settings: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
 
 
 def unread_because(flag: str, settings: Mapping[str, Any], implied: Mapping[str, tuple]) -> str:
-    """Reason why a run does not read a flag, by ONLY_WITH and NOT_WITH; "": it reads it."""
+    """Reason why the run does not read a flag (ONLY_WITH, NOT_WITH), or "" if it does."""
     needs = ONLY_WITH.get(flag, {})
-    hindering = [other for other, value in NOT_WITH.get(flag, {}).items()
+    causes = [other for other, value in NOT_WITH.get(flag, {}).items()
                  if settings.get(other) == value]
     if needs and not any(settings.get(other) in values for other, values in needs.items()):
-        hindering += [other for other in needs if other in settings] or ["method"]
-    if not hindering:
+        causes += [other for other in needs if other in settings] or ["method"]
+    if not causes:
         return ""
-    other = hindering[0]
+    other = causes[0]
     cause = implied[other][1] if other in implied else f"{typed_as(other)} {settings[other]}"
     return f"with {cause}" if other != "method" else f"by {cause}"
 
@@ -94,7 +93,6 @@ def read_settings(defaults: dict, typed: dict) -> dict:
 
 def check_combination(settings: Mapping[str, Any], methods: Mapping[str, Method]) -> None:
     """Raise ValueError if method, model and aggregation do not go together."""
-    # Each method lists its models and averages.
     name, model = settings["method"], settings["model"]
     choices = {other: {"model": method.networks, "aggregation": method.averages}
                for other, method in methods.items()}

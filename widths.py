@@ -36,7 +36,7 @@ RATES = ("1/16", "1/8", "1/4", "1/2", "1")  # widths e to a of HeteroFL's "a1-b1
 EXITS = (1/2, 5/8, 3/4, 7/8, 1)  # share of the blocks before an exit of ScaleFL, for five levels
 EXIT_RATES = {  # their widths; shallower levels are wider, for about HeteroFL's parameters
     "resnet18": ("1/4", "1/3", "1/2", "2/3", "1"), "resnet152": ("1/9", "3/16", "1/3", "3/5", "1")}
-CLIP = 1.0  # bound of the gradient's norm in HeteroFL's and FedRolex's released code
+CLIP = 1.0  # bound of the gradient's norm as HeteroFL and FedRolex release it; ScaleFL: none
 SELF_DISTILLATION = 0.0  # gamma of ScaleFL's released code, which trains BERT with 0.05
 SCALEFL_TEMPERATURE = 3.0  # T of self-distillation
 SCALEFL_WARM_UP = 0.25  # share of the rounds before self-distillation begins
@@ -168,9 +168,9 @@ def index_sets(whole: State, part: State, *, start: int = 0,
                classes: Tensor | None = None) -> IndexSets:
     """Find the place of a narrower network's weights in those of the whole one.
 
-    A sub-model has n consecutive channels of a layer's C: (start + i) mod C for i < n.  Layers of
-    equal C have equal ones, so outputs fit the next layer's inputs and residual sums agree.
-    part: its weights; only names, which may be some of whole's, and shapes (n) are read
+    A sub-model has n consecutive channels of a layer's C: (start + i) mod C for i < n.  Tensors to
+    be added, or fed on, have equal C and n, so their channels agree.
+    part: weights of the sub-model; only names, a subset of whole's, and shapes (n) are read
     start: 0 in HeteroFL (Algorithm 1), the number of finished rounds in FedRolex (Algorithm 1)
     classes: the rows of fc that part holds, if not all
     """
@@ -240,11 +240,11 @@ class WidthUpdate(NamedTuple):
 
     weights: State  # its sub-model's; in the last layer only the rows of its own classes
     num_samples: int  # n_k
-    classes: Tensor | None  # these classes, int64, ascending; None: all
+    classes: Tensor | None  # classes of the rows of fc, int64, ascending; None: all
 
 
 def heterofl_init(weights: dict[str, State]) -> dict:
-    """Weights of the whole network, and the first channel of sub-models (FedRolex moves it)."""
+    """Weights of the whole network, and the first channel of sub-models, which FedRolex moves."""
     arch, whole = list(weights.items())[-1]
     return {**fedavg_init({arch: whole}), "start": 0}
 
@@ -261,7 +261,7 @@ def heterofl_download(server: dict, client: Client, stream: Stream) -> State:
 
 
 def heterofl_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, absent: Tensor, *,
-                  clip: float = CLIP) -> Tensor:
+                  clip: float = 1.0) -> Tensor:
     """One step on the masked cross entropy; return the detached loss.
 
     absent: (C,) bool, classes that the client does not hold;  clip: bound of the gradient's norm
@@ -270,7 +270,7 @@ def heterofl_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, 
     loss = F.cross_entropy(model(x).masked_fill(absent, 0), y)
     optimizer.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     return loss.detach()
 
@@ -287,7 +287,7 @@ def heterofl_client_update(model: nn.Module, optimizer: Optimizer, received: Sta
     absent[classes] = False
 
     # Training
-    loss, samples = run_steps(partial(heterofl_step, model, optimizer),
+    loss, samples = run_steps(partial(heterofl_step, model, optimizer, clip=CLIP),
                               batches(data, batch_size, local_epochs, stream(BATCHES)), absent)
     weights = {name: tensor[classes] if name.split(".")[-2] == "fc" else tensor
                for name, tensor in copy_state(model).items()}
@@ -305,7 +305,7 @@ def heterofl_server_update(server: dict, updates: Mapping[int, WidthUpdate]) -> 
 
 
 def heterofl_deploy(server: dict, client: Client, kept: None) -> tuple[str, State]:
-    """A client uses the sub-model of its architecture, by its id, not the one drawn in a round."""
+    """A client uses the sub-model of its fixed architecture, not of the rate drawn in a round."""
     return client.arch, submodel(server, client.arch)
 
 

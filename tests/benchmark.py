@@ -1,18 +1,12 @@
-"""How fast the code is (not collected by pytest).  Images are random: no time depends on them.
+"""Speed and memory (not collected by pytest).  Images are random: no time depends on them.
 
-    python -m tests.benchmark [PART ...]     all parts take about an hour on two cores
+    python -m tests.benchmark [PART ...]     all parts, see PARTS, take about an hour on two cores
 
-starting   CPU seconds beside `import torch`, and peak memory
-update     a client update against a bare PyTorch loop of the same steps on torchvision's layers
-round      a round of both papers' workloads, divided into its parts; two workers against one
-ranks      two processes under torchrun against one
-clients    ten clients a round, of 10 to 60,000
-methods    a round of every method in RESULTS.md's table of baselines, at its scale
-
-Prints one table.  Where two things are compared, they are measured alternately, and the ratio is
-the median of those of the pairs (ranks: one run each); above 1 the first is faster or smaller.
+Prints one table.  Two things that are compared run alternately.  Their ratio is the median over the
+pairs (ranks: one run each); above 1 the first is faster or smaller.
 """
 
+import json
 import resource
 import statistics
 import subprocess
@@ -22,31 +16,35 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from commands import experiment_of
+
 import baselines
 import data
+import evaluation
 import files
 import models
 import run
+from federation import Experiment, first_server, train_clients
 
-REPEATS = 6
-MEMORY = "print(__import__('resource').getrusage(0).ru_maxrss // 1024)"  # in MiB, of the process
-
-
-def row(what: str, first: str, second: str = "", ratio: float | None = None) -> None:
-    """A line of the table."""
-    print(f"| {what} | {first} | {second} | {'' if ratio is None else f'{ratio:.2f}'} |", flush=True)
+MEMORY = "print(__import__('resource').getrusage(0).ru_maxrss // 1024)"  # MiB of the process
 
 
-def compare(first, second, repeats: int = REPEATS,
-            clock=time.perf_counter) -> tuple[float, float, float]:
-    """Run both alternately, each in turn ahead: median times, median of time(second) / time(first).
-    """
+def row(title: str, first: object, second: object = "", ratio: float | None = None) -> None:
+    """Print a line of the table."""
+    print(f"| {title} | {first} | {second} | {f'{ratio:.2f}' if ratio else ''} |", flush=True)
+
+
+def compare(first, second, repeats=6, clock=time.perf_counter) -> tuple[float, float, float]:
+    """Median times of two functions, and the median of time(second) / time(first)."""
     first(), second()
     times = []
     for repeat in range(repeats):
@@ -56,46 +54,47 @@ def compare(first, second, repeats: int = REPEATS,
             function()
             pair[function] = clock() - start
         times.append((pair[first], pair[second]))
-    a, b = zip(*times)
-    return statistics.median(a), statistics.median(b), statistics.median(y / x for x, y in times)
+    return *map(statistics.median, zip(*times)), statistics.median(y / x for x, y in times)
 
 
 # ----------------------------------------------------------------------------------------- starting
 
 def children_cpu() -> float:
     """User and system time of the processes that this one has waited for."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 def execute(*command: str) -> str:
-    """The output of a Python command, however it ends."""
+    """Output of a Python command, however it ends."""
     return subprocess.run([sys.executable, *command], text=True, capture_output=True).stdout
 
 
+def memory_of(flags: str) -> str:
+    """Peak memory in MiB of a run."""
+    return execute("-c", f"import run; run.main({flags.split()}); {MEMORY}").split()[-1]
+
+
 def starting(folder: Path) -> None:
-    for what, command in (("`import run`", ("-c", "import run")), ("--help", ("run.py", "--help")),
-                          ("a flag that is not read", ("run.py", "--method", "local", "--mu", "1"))):
+    """CPU seconds before the first round beside `import torch`, and peak memory."""
+    for title, command in (("`import run`", ("-c", "import run")), ("--help", ("run.py", "--help")),
+                           ("an unread flag", ("run.py", "--method", "local", "--mu", "1"))):
         torch_alone, ours, ratio = compare(partial(execute, "-c", "import torch"),
                                            partial(execute, *command), clock=children_cpu)
-        row(f"{what}, `import torch`: CPU s", f"{ours:.2f}", f"{torch_alone:.2f}", 1 / ratio)
-    save_images(folder / "15000.npz", 15_000, tests=10_000)
-    for what, body in (("`import torch`", "import torch; "), ("`import run`", "import run; "),
-                       ("--method fedavg --model cnn, digits, ten rounds",
-                        f"import run; run.main('--method fedavg --model cnn --out {folder}/a'"
-                        ".split()); "),
-                       ("--method fedavg --model cnn, 15,000 colour images, two rounds",
-                        "import run; run.main('--method fedavg --setting apfl --local-epochs 1 "
-                        f"--rounds 2 --dataset {folder}/15000.npz --out {folder}/b'.split()); ")):
-        row(f"{what}: peak memory, MiB", execute("-c", body + MEMORY).split()[-1])
+        row(f"{title}, `import torch`: CPU s", f"{ours:.2f}", f"{torch_alone:.2f}", 1 / ratio)
+    row("`import torch`: MiB", execute("-c", f"import torch; {MEMORY}").strip())
+    images = save_images(folder, 15_000, tests=10_000)
+    for title, flags in (
+            ("`import run`", "--resume"), ("digits, ten rounds", "--model cnn"),
+            ("15,000 colour images, two rounds",
+             f"--setting apfl --local-epochs 1 --rounds 2 --dataset {images}")):
+        row(f"{title}: MiB", memory_of(f"--method fedavg {flags} --out {folder}/{title[0]}"))
 
 
-# ------------------------------------------------------------------------------------ client updates
+# ----------------------------------------------------------------------------------- client updates
 
 def bare_loop(model, weights, images, labels, mean, deviation, batch_size, epochs, lr):
-    """What one writes without a framework: the same batches, settings and optimiser."""
-    model.load_state_dict(weights)
-    model.train()
+    """Train as one does without a framework: equal batches, settings and optimiser."""
+    model.train().load_state_dict(weights)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     for _ in range(epochs):
         for rows in torch.randperm(len(images)).split(batch_size):
@@ -106,31 +105,28 @@ def bare_loop(model, weights, images, labels, mean, deviation, batch_size, epoch
             optimizer.step()
 
 
-def plain(model: nn.Module) -> nn.Module:
-    """The network with torch's own convolutions, as torchvision has it."""
-    for layer in model.modules():
-        if isinstance(layer, models.Conv2d):
-            layer.__class__ = nn.Conv2d
-    return model
-
-
 def update(folder: Path) -> None:
-    for arch, batch_size, lr, count in (("cnn", 50, 2e-4, 1000), ("resnet10", 16, 1e-3, 160),
-                                        ("resnet18", 16, 1e-3, 160), ("resnet26", 16, 1e-3, 160)):
+    """Images per second of a client update and of a bare loop, on one thread each."""
+    for arch, batch_size, lr, count in (("cnn", 50, 2e-4, 1000), *(
+            (f"resnet{depth}", 16, 1e-3, 160) for depth in (10, 18, 26))):
         images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
-        labels = torch.randint(10, (count,))
+        labels, make = torch.randint(10, (count,)), partial(models.MODELS[arch][arch], 3, 10)
         mean, deviation = data.channel_statistics(images, torch.arange(count))
-        net, optimizer = models.scratch_network(arch, 3, 10, images.device, optimizer="adam", lr=lr)
-        layout = torch.channels_last if arch == "cnn" else torch.contiguous_format  # its best
-        bare_net = plain(models.build(arch, 3, 10)).to(memory_format=layout)
-        weights = models.copy_state(bare_net)
-        own = data.ClientData(images, labels, torch.arange(count),
-                              partial(data.standardise, mean=mean, deviation=deviation))
-        stream = partial(data.torch_stream, 0, round=1, client=0)
-        ours = partial(baselines.fedavg_client_update, net, optimizer, weights, own, stream,
-                       local_epochs=2, batch_size=batch_size)
-        bare = partial(bare_loop, bare_net, weights, images, labels, mean, deviation, batch_size, 2,
-                       lr)
+
+        # The bare network has torch's own convolutions, and the layout that suits it best.
+        net = make().to(memory_format=torch.channels_last if arch == "cnn"
+                        else torch.contiguous_format)
+        for layer in net.modules():
+            if isinstance(layer, models.Conv2d):
+                layer.__class__ = nn.Conv2d
+        weights = models.copy_state(net)
+        bare = partial(bare_loop, net, weights, images, labels, mean, deviation, batch_size, 2, lr)
+        scratch = models.scratch_network(make, images.shape[1:], images.device, optimizer="adam",
+                                         lr=lr)
+        client = data.ClientData(images, labels, torch.arange(count), partial(
+            data.standardise, mean=mean, deviation=deviation))
+        ours = partial(baselines.fedavg_client_update, *scratch, weights, client,
+                       data.streams(0, 1, 0), local_epochs=2, batch_size=batch_size)
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             mine, theirs, ratio = compare(lambda: pool.submit(ours).result(),
                                           lambda: pool.submit(bare).result())
@@ -138,35 +134,28 @@ def update(folder: Path) -> None:
             f"{2 * count / mine:.0f}", f"{2 * count / theirs:.0f}", ratio)
 
 
-# -------------------------------------------------------------------------------------------- rounds
+# ------------------------------------------------------------------------------------------- rounds
 
-def save_images(path: Path, images: int, tests: int = 10) -> None:
-    rng = np.random.default_rng(0)
-    np.savez(path, x_train=rng.integers(256, size=(images, 32, 32, 3), dtype=np.uint8),
-             y_train=np.arange(images) % 10, y_test=np.arange(tests) % 10,
-             x_test=rng.integers(256, size=(tests, 32, 32, 3), dtype=np.uint8))
-
-
-def experiment_on(folder: Path, images: int, **typed) -> tuple[baselines.Experiment, dict]:
-    """An experiment on random colour images, and the first state of its server."""
-    path = folder / f"{images}.npz"
-    save_images(path, images, tests=typed.pop("tests", 10))
-    experiment = run.prepare_experiment(run.resolve(
-        {"dataset": str(path), "setting": "fedin", "method": "fedin"} | typed))
-    return experiment, run.first_progress(experiment).server
+def save_images(folder: Path, images: int, tests: int = 10) -> Path:
+    """Path of a data set of random colour images."""
+    rng, arrays = np.random.default_rng(0), {}
+    for part, count in (("train", images), ("test", tests)):
+        arrays[f"x_{part}"] = rng.integers(256, size=(count, 32, 32, 3), dtype=np.uint8)
+        arrays[f"y_{part}"] = np.arange(count) % 10
+    np.savez(folder / f"{images}.npz", **arrays)
+    return folder / f"{images}.npz"
 
 
-def with_workers(experiment: baselines.Experiment, workers: int,
-                 threads: int = 1) -> baselines.Experiment:
-    """The experiment, whose clients train so many at a time, on networks of their own."""
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
-    experiment = experiment._replace(idle={arch: [] for arch in experiment.idle})
-    return experiment._replace(train=partial(run.train_clients, experiment, pool))
+def experiment_on(path: Path, **typed) -> tuple[Experiment, dict]:
+    """An experiment on a data set, and the first state of its server."""
+    experiment = experiment_of(run.resolve({"dataset": str(path), "setting": "fedin", **typed}))
+    return experiment, first_server(experiment)
 
 
-def parts_of_a_round(folder: Path, what: str, images: int, **typed) -> None:
-    experiment, server = experiment_on(folder, images, tests=2000, **typed)
-    spent = {}
+def parts_of_a_round(folder: Path, title: str, images: int, **typed) -> None:
+    """Seconds per part of a round, and images per second in training."""
+    experiment, server = experiment_on(save_images(folder, images, tests=2000), **typed)
+    spent, memory, samples, method = {}, {}, 0, experiment.method
 
     def timed(part, function, *arguments, **options):
         start = time.perf_counter()
@@ -174,105 +163,93 @@ def parts_of_a_round(folder: Path, what: str, images: int, **typed) -> None:
         spent[part] = spent.get(part, 0) + time.perf_counter() - start
         return value
 
-    experiment = with_workers(experiment, experiment.settings["workers"])
-    method = experiment.method
-    experiment = experiment._replace(
-        train=partial(timed, "training", experiment.train),
-        method=method._replace(download=partial(timed, "sending", method.download),
-                               server_update=partial(timed, "aggregation", method.server_update)))
-    memory, samples = {}, 0
-    for t in (1, 2, 3):
-        if t == 2:  # since features travel from then on
-            spent.clear()
-            samples = 0
-        server, memory, figures = run.train_round(experiment, t, server, memory)
-        samples += figures["samples"]
-        timed("evaluation", run.evaluate, experiment, server, memory)
-        timed("checkpoint", files.save_checkpoint, folder,
-              files.Progress(t, server, memory, figures, {}, {}))
-    row(f"{what}: images/s in training", f"{samples / spent['training']:.0f}")
+    experiment = experiment._replace(method=method._replace(
+        download=partial(timed, "sending", method.download),
+        server_update=partial(timed, "aggregation", method.server_update)))
+    with patch.object(run, "train_clients", partial(timed, "training", train_clients)):
+        for t in (1, 2, 3):
+            if t == 2:  # features travel from round 2 on
+                spent.clear()
+            server, memory, figures = run.train_round(experiment, t, server, memory)
+            samples = samples + figures["samples"] if t > 1 else 0
+            timed("evaluation", evaluation.evaluate, experiment, server, memory)
+            timed("checkpoint", files.save_checkpoint, folder,
+                  files.Progress(t, server, memory, figures, {}, {}))
+    row(f"{title}: images/s in training", f"{samples / spent['training']:.0f}")
     for part, seconds in spent.items():
-        row(f"{what}: {part}, s a round", f"{seconds / 2:.3f}")
+        row(f"{title}: {part}, s per round", f"{seconds / 2:.3f}")
 
 
 def rounds(folder: Path) -> None:
+    """Parts of a round, and numbers of workers and threads."""
     parts_of_a_round(folder, "AP-FL's clients: 10 of 10, CNN, 5,000 images, one epoch", 5000,
-                     method="apfl", setting="apfl", local_epochs=1)
+                     method="apfl", semantics="onehot", setting="apfl", local_epochs=1)
     parts_of_a_round(folder, "FedIN: 10 of 100, five ResNets, 10,000 images, one epoch", 10_000,
                      local_epochs=1)
-    experiment, server = experiment_on(folder, 2000, partition="iid", clients=10,
+    experiment, server = experiment_on(save_images(folder, 2000), partition="iid", clients=10,
                                        participation=1.0, local_epochs=1)
-    # One round before, so that features travel.
-    server, _, _ = run.train_round(with_workers(experiment, 2), 1, server, {})
+    server, _, _ = run.train_round(experiment, 1, server, {})  # features travel from round 2 on
 
-    def one_round(workers, threads):
-        return partial(run.train_round, with_workers(experiment, workers, threads), 2, server, {})
+    def one_round(workers: int, threads: int) -> partial:
+        settings = experiment.settings | {"workers": workers, "threads": threads}
+        return partial(run.train_round, experiment._replace(settings=settings), 2, server, {})
 
     for workers, threads in ((1, 1), (1, 2)):
         mine, other, ratio = compare(one_round(2, 1), one_round(workers, threads), repeats=2)
-        row(f"FedIN, 2 workers x 1 thread; {workers} x {threads}: s a round", f"{mine:.1f}",
+        row(f"FedIN, 2 workers x 1 thread; {workers} x {threads}: s per round", f"{mine:.1f}",
             f"{other:.1f}", ratio)
 
 
+def seconds_of_last_round(out: Path) -> float:
+    """Time of the last round in metrics.jsonl."""
+    return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+
+
 def process_counts(folder: Path) -> None:
-    save_images(folder / "ranks.npz", 4000, tests=500)
-    seconds = {}
-    for processes in (1, 2):
-        out = folder / str(processes)
-        several = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        execute(*(several if processes > 1 else []), "run.py", "--setting", "fedin", "--dataset",
-                str(folder / "ranks.npz"), "--partition", "iid", "--clients", "10",
-                "--participation", "1", "--local-epochs", "1", "--rounds", "4", "--workers", "1",
-                "--out", str(out))
-        lines = (out / "metrics.jsonl").read_text().splitlines()
-        seconds[processes] = float(lines[-1].split('"seconds": ')[1].strip("}"))
-    row("FedIN, 10 clients, one worker each: 2 processes; 1: s a round", f"{seconds[2]:.1f}",
-        f"{seconds[1]:.1f}", seconds[1] / seconds[2])
+    """A round of FedIN on two processes and on one."""
+    images, seconds = save_images(folder, 4000, tests=500), {}
+    for processes in ("1", "2"):
+        execute("-m", "torch.distributed.run", "--nproc-per-node", processes, "run.py", *(
+            f"--setting fedin --dataset {images} --partition iid --clients 10 --participation 1 "
+            f"--local-epochs 1 --rounds 4 --workers 1 --out {folder}/{processes}").split())
+        seconds[processes] = seconds_of_last_round(folder / processes)
+    row("FedIN, 10 clients, one worker each: 2 processes; 1: s per round", f"{seconds['2']:.1f}",
+        f"{seconds['1']:.1f}", seconds["1"] / seconds["2"])
 
 
 def client_counts(folder: Path) -> None:
-    """Ten clients of two to ten images a round, so that what grows with the clients shows."""
+    """Ten clients per round with two to ten images each: costs that grow with the clients."""
     for clients in (10, 1000, 6000, 60_000):
-        path, images = folder / "clients.npz", min(10 * clients, 120_000)
-        save_images(path, images)
-        body = (f"import run; run.main('--method fedavg --model cnn --setting fedin --dataset {path}"
-                f" --clients {clients} --partition iid --participation {10 / clients} --rounds 6 "
-                f"--local-epochs 1 --eval-every 6 --out {folder}/{clients}'.split()); ")
-        start = time.perf_counter()
-        memory = execute("-c", body + MEMORY).split()[-1]
-        whole = time.perf_counter() - start
-        line = (folder / str(clients) / "metrics.jsonl").read_text()
-        row(f"ten of {clients:,} clients, {images:,} images: s a round, s in all, MiB",
-            line.split('"seconds": ')[1].strip("}\n"), f"{whole:.1f}, {memory}")
+        images, start, out = min(10 * clients, 120_000), time.perf_counter(), folder / str(clients)
+        memory = memory_of(f"--method fedavg --model cnn --setting fedin --clients {clients} "
+                           f"--dataset {save_images(folder, images)} --partition iid --rounds 6 "
+                           f"--participation {10 / clients} --local-epochs 1 --eval-every 6 "
+                           f"--out {out}")
+        row(f"ten of {clients:,} clients, {images:,} images: s per round, s in all, MiB",
+            seconds_of_last_round(out), f"{time.perf_counter() - start:.1f}, {memory}")
 
 
 def seconds_of_methods(folder: Path) -> None:
-    """The second and third round of every method: 5 of 20 clients, 5,000 images, 2 epochs."""
-    choices = {"resnets": ("local", "fedavg", "fedprox", "scaffold", "fednova", "moon",
-                           "inclusivefl", "inco", "fedin"),
-               "resnet18-widths": ("heterofl", "fedrolex", "scalefl"),
-               "cnn": ("fedavg", "fedgen", "feddf")}
-    for model, methods in choices.items():
-        for method in methods:
-            # As many again are for the server of FedDF to hold.
-            experiment, server = experiment_on(
-                folder, 10_000, train_images=5000, alpha=0.5, clients=20, participation=0.25,
-                local_epochs=2, method=method, model=model)
-            experiment = with_workers(experiment, experiment.settings["workers"])
-            memory, seconds = {}, []
-            for t in (1, 2, 3):
-                start = time.perf_counter()
-                server, memory, figures = run.train_round(experiment, t, server, memory)
-                seconds.append(time.perf_counter() - start)
-            row(f"{method} on {model}: s a round", f"{statistics.mean(seconds[1:]):.1f}")
+    """Round 3 of every method: 5 of 20 clients, 5,000 images, 2 epochs."""
+    methods = {"resnets": "local fedavg fedprox scaffold fednova moon inclusivefl inco fedin",
+               "resnet18-widths": "heterofl fedrolex scalefl", "cnn": "fedavg fedgen feddf"}
+    images = save_images(folder, 10_000)  # half of them for the server of FedDF to hold
+    for model in methods:
+        for method in methods[model].split():
+            out = folder / f"{method}-{model}"
+            execute("run.py", *(
+                f"--method {method} --model {model} --setting fedin --dataset {images} --rounds 3 "
+                "--train-images 5000 --alpha 0.5 --clients 20 --participation 0.25 "
+                f"--local-epochs 2 --eval-every 3 --out {out}").split())
+            row(f"{method} on {model}: s per round", f"{seconds_of_last_round(out):.1f}")
 
 
 PARTS = {"starting": starting, "update": update, "round": rounds, "ranks": process_counts,
          "clients": client_counts, "methods": seconds_of_methods}
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {run.num_cores()} cores\n\n| what | first | second | ratio |"
-          "\n|---|---|---|---|")
+    print(f"torch {torch.__version__}, {run.num_cores()} cores\n\n| measured | first | second | "
+          "ratio |\n|---|---|---|---|")
     torch.set_num_threads(run.num_cores())
     for name in sys.argv[1:] or PARTS:
         with tempfile.TemporaryDirectory() as folder:

@@ -44,7 +44,7 @@ def make_small(monkeypatch) -> None:
     monkeypatch.setattr(apfl, "BETA_TEST_IMAGES", SMALL[1])
 
 
-# ---------------------------------------------------------------------------- runs in this process
+# ----------------------------------------------------------------------------- runs in this process
 
 def go(out: Path, *flags: str) -> list[dict]:
     """Run main in this process; return the lines of metrics.jsonl without timings."""
@@ -78,7 +78,7 @@ def participants(settings: dict, t: int, gone: tuple = ()) -> list[int]:
     return sorted(rng.choice(available, min(count, len(available)), replace=False).tolist())
 
 
-# ------------------------------------------------------------------------------- files of a run
+# ----------------------------------------------------------------------------------- files of a run
 
 def lines(out: Path) -> list[dict]:
     """Lines of metrics.jsonl, without timings."""
@@ -105,7 +105,7 @@ def checkpoint(out: Path) -> dict:
     return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
-# ------------------------------------------------------------------------ a run as another process
+# ------------------------------------------------------------------------- a run as another process
 
 KILLED_AFTER_LINE = """
 import os, signal, sys

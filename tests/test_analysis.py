@@ -1,7 +1,7 @@
 """The analyses against independent calculations, closed forms and invariances."""
 
 import shutil
-from functools import cache, partial
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -25,21 +25,14 @@ RESNET = ["--train-images", "48", "--clients", "2", "--model"]
 RUNS = {name: ["--method", name] for name in ("scaffold", "local", "fedavg-ft")} | {
     "apfl": ["--method", "apfl", "--beta", "0.4", *FEW],
     "fedin": ["--method", "fedin", *RESNET, "resnet18"],
-    "heterofl": ["--method", "heterofl", *RESNET, "resnet18-widths"]}  # which replace FLAGS
+    "heterofl": ["--method", "heterofl", *RESNET, "resnet18-widths"]}
 
 
-@pytest.fixture(scope="module")
-def run_of(tmp_path_factory):
-    """Name of a run -> its folder.  A run is done when first asked for, and only once."""
-    root = tmp_path_factory.mktemp("runs")
-
-    @cache
-    def do(name: str) -> Path:
-        with pytest.MonkeyPatch.context() as patch:
-            make_small(patch)
-            go(root / name, *FLAGS, *RUNS[name])
-        return root / name
-    return do
+@pytest.fixture
+def folder_of(run_of, monkeypatch):
+    """Function from the name of a run to its folder."""
+    make_small(monkeypatch)
+    return lambda name: run_of(*FLAGS, *RUNS[name])
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -54,7 +47,7 @@ def rotation(size: int) -> torch.Tensor:
     return torch.linalg.qr(normal(size, size, seed=9))[0]
 
 
-# ------------------------------------------------------------------- how alike networks see images
+# --------------------------------------------------------------------------- similarity of networks
 
 def test_a_map_is_linear_cka_of_centred_kernels_and_its_mean_leaves_out_the_diagonal():
     parts = [normal(30, 5), normal(30, 8, seed=1), normal(30, 6, seed=2)]
@@ -80,9 +73,8 @@ def test_unbiased_hsic_is_the_mean_over_four_different_images():
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_cka_knows_no_rotation_scale_or_shift(unbiased):
     x, y = normal(40, 6), normal(40, 4, seed=1) + normal(40, 6)[:, :4]
-    squeezed = x * torch.tensor([1, 1, 1, 1, 1, 100.0])  # which is no rotation
+    squeezed = x * torch.tensor([1, 1, 1, 1, 1, 100.0])  # no rotation
     similar = analysis.cka_map([x, 3 * x @ rotation(6) + 5, y, squeezed], unbiased=unbiased)
-    assert torch.equal(similar, similar.T)
     assert [*similar.diagonal(), similar[0, 1]] == pytest.approx([1] * 5)
     assert similar[0, 2] == pytest.approx(similar[1, 2]) and 0.1 < similar[0, 2] < 0.9
     assert abs(similar[3, 2] - similar[0, 2]) > 0.05
@@ -137,6 +129,7 @@ def test_the_attack_finds_the_images_behind_an_invertible_extractor():
     assert torch.allclose(images, x, atol=1e-2) and len(losses) == 250 and losses[-1] < 1e-6
     assert losses[0] == pytest.approx(float((start - x).square().mean()), rel=1e-5)
     assert net.weight.grad is None
+
     # On the way to a far target, a step of Adam is as long as its learning rate.
     images, _ = analysis.reconstruct(nn.Identity(), start + 1000, x.shape, rng(), steps=20)
     way = sum(0.1 * (1 + np.cos(np.pi * t / 20)) / 2 for t in range(20))
@@ -192,8 +185,8 @@ def right(net: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_trained_networks_are_those_that_were_evaluated(name, run_of):
-    folder = run_of(name)
+def test_the_trained_networks_are_those_that_were_evaluated(name, folder_of):
+    folder = folder_of(name)
     last, nets = lines(folder)[-1], [analysis.trained_network(folder, client=k)
                                      for k in range(config(folder)["clients"])]
     assert np.mean([right(net) for net in nets]) == pytest.approx(last["accuracy"])
@@ -204,12 +197,12 @@ def test_the_trained_networks_are_those_that_were_evaluated(name, run_of):
         assert right(analysis.trained_network(folder, "resnet18-1/4")) == right(nets[1])
 
 
-def test_questions_that_a_run_cannot_answer_are_errors(run_of, tmp_path):
-    local, network, more = run_of("local"), analysis.trained_network, analysis.one_more_round
+def test_questions_that_a_run_cannot_answer_are_errors(folder_of, tmp_path):
+    local, network, more = folder_of("local"), analysis.trained_network, analysis.one_more_round
     for ask, folder, choice, words in (
             (network, local, {}, "clients alone"), (network, local, {"client": 3}, "of 3 clients"),
             (network, local, {"arch": "cnn", "client": 0}, "architecture alone"),
-            (network, run_of("scaffold"), {"arch": "resnet10"}, "choose one of cnn"),
+            (network, folder_of("scaffold"), {"arch": "resnet10"}, "choose one of cnn"),
             (more, local, {}, "clients send nothing"), (more, tmp_path, {}, "there is no run")):
         with pytest.raises(ValueError, match=words):
             ask(folder, **choice)
@@ -218,8 +211,8 @@ def test_questions_that_a_run_cannot_answer_are_errors(run_of, tmp_path):
 
 
 @pytest.mark.parametrize("name, done", [("fedavg-ft", []), ("apfl", ["late", "generator"])])
-def test_clients_have_no_final_network_while_a_stage_is_left(name, done, run_of, tmp_path):
-    shutil.copytree(run_of(name), tmp_path, dirs_exist_ok=True)
+def test_clients_have_no_final_network_while_a_stage_is_left(name, done, folder_of, tmp_path):
+    shutil.copytree(folder_of(name), tmp_path, dirs_exist_ok=True)
     saved = files.load_checkpoint(tmp_path, "cpu")
     files.save_checkpoint(tmp_path, saved._replace(
         stage_results={stage: saved.stage_results[stage] for stage in done}))
@@ -238,22 +231,22 @@ def contents(folder: Path) -> dict:
     return files_of_run | {"config.json": config(folder)}  # whose order may change
 
 
-def test_one_more_round_has_the_uploads_of_the_next_round(run_of, tmp_path):
-    before = contents(run_of("scaffold"))
-    experiment, updates = analysis.one_more_round(run_of("scaffold"))
-    assert contents(run_of("scaffold")) == before and sorted(updates) == [0, 1, 2]
+def test_one_more_round_has_the_uploads_of_the_next_round(folder_of, tmp_path):
+    before = contents(folder_of("scaffold"))
+    experiment, updates = analysis.one_more_round(folder_of("scaffold"))
+    assert contents(folder_of("scaffold")) == before and sorted(updates) == [0, 1, 2]
 
     go(tmp_path / "two", *FLAGS, *RUNS["scaffold"], "--rounds", "2")
     first, second = (files.load_checkpoint(folder, "cpu").server
-                     for folder in (run_of("scaffold"), tmp_path / "two"))
+                     for folder in (folder_of("scaffold"), tmp_path / "two"))
     drawn = participants(experiment.settings, 2)
     assert len(drawn) == 2
     assert alike(experiment.method.server_update(first, {k: updates[k] for k in drawn}), second)
 
 
-def test_clients_are_compared_on_the_whole_test_set(run_of, monkeypatch):
+def test_clients_are_compared_on_the_whole_test_set(folder_of, monkeypatch):
     # Three clients of two networks, in a run that was tested on five images
-    experiment, _ = analysis.one_more_round(run_of("scaffold"))
+    experiment, _ = analysis.one_more_round(folder_of("scaffold"))
     archs, whole = ["resnet10", "resnet10", "resnet14"], data.load(few_digits())
     networks = {arch: partial(models.RESNETS[arch], 1, 10) for arch in archs}
     nets = [networks[arch]().eval() for arch in archs]
@@ -276,13 +269,13 @@ def test_clients_are_compared_on_the_whole_test_set(run_of, monkeypatch):
         assert torch.allclose(compared.features[arch], features, atol=1e-4)
 
 
-def test_the_attack_on_a_runs_features_tells_what_the_noise_left(run_of):
-    before, first_images = contents(run_of("fedin")), data.load(few_digits()).x_test[:2]
-    (truth, plain), (_, noisy) = (analysis.attack(run_of("fedin"), "data", steps=30, level=level,
+def test_the_attack_on_a_runs_features_tells_what_the_noise_left(folder_of):
+    before, first_images = contents(folder_of("fedin")), data.load(few_digits()).x_test[:2]
+    (truth, plain), (_, noisy) = (analysis.attack(folder_of("fedin"), "data", steps=30, level=level,
                                                   count=2) for level in (0.0, 2.0))
-    assert torch.equal(truth, first_images) and contents(run_of("fedin")) == before
+    assert torch.equal(truth, first_images) and contents(folder_of("fedin")) == before
     assert plain.noise == 0 and plain.losses[-1] < 0.5 * plain.losses[0]
-    net = analysis.trained_network(run_of("fedin"), "resnet18")
+    net = analysis.trained_network(folder_of("fedin"), "resnet18")
     s_in = net.net.extractor(net.prepare(truth)).detach()
     assert noisy.noise == pytest.approx(4 * float(s_in.var()))
     assert noisy.losses[-1] > 0.2 * noisy.noise > plain.losses[-1]

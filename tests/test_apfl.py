@@ -369,7 +369,7 @@ def test_the_curve_over_beta_uses_evenly_spaced_test_images(runs, monkeypatch):
     monkeypatch.setattr(apfl, "BETA_TEST_IMAGES", 5)
     states = {k: weights(k) for k in range(3)}
     assert apfl.beta_curves(experiment, states, states)["", "accuracy"] == [100] * 3
-    images, rows = experiment.data, [39 * n // 4 for n in range(5)]  # of 40 test images
+    images, rows = experiment.data, [39 * n // 4 for n in range(5)]
     assert alike([used[0].data.x_test, used[0].data.y_test],
                  [images.x_test[rows], images.y_test[rows]])
     for share, smaller in zip(experiment.test_shares, used[0].test_shares):

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import (EPOCHS, LR, TinyNet, adam, alike, all_same, check_loop, check_purity, check_step,
-                  divergence, double_batch, entropy, same, stream, tiny_data, tiny_net, weights)
+                  divergence, double_batch, entropy, same, stream, tiny_data, tiny_net,
+                  trimmed_adam, weights)
 
 import baselines
 import models
@@ -106,6 +107,10 @@ def test_an_update_is_the_loop_of_its_step_written_out_and_pure(update, received
     result = update(*adam(), received, tiny_data(), stream, *kept, **EPOCHS)
     check_loop(result, step, tensors, weights())
     check_purity(update, received, *kept)
+    model, optimizer = trimmed_adam()
+    trimmed = update(model, optimizer, received, tiny_data(), stream, *kept, **EPOCHS)
+    torch.testing.assert_close(*(models.learnt_part(model, one.update.weights)
+                                 for one in (trimmed, result)), rtol=1e-3, atol=1e-4)
     idle = update(*adam(), received, tiny_data(), stream, *kept, local_epochs=0, batch_size=8)
     assert same(idle.update.weights, weights()) and idle.samples == 0
 

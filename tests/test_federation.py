@@ -22,7 +22,7 @@ def test_flags_fill_the_keywords_of_their_names_and_nothing_else():
     assert bound.keywords == {"size": 3} and bound("server") == ("server", 3, 0.5)
     assert federation.fill_in_flags(deploy, {"size": 3, "share": 0})(1) == (1, 3, 0)
 
-    # Of a whole method: others come before settings, and nothing that has no default stays open.
+    # A whole method: others come before settings, and nothing without a default stays open.
     method, settings = baselines.METHODS["scaffold"], {
         "local_epochs": 1, "batch_size": 2, "lr": 3.0, "aggregation": "layerwise"}
     bound = federation.bind(method, settings, owners={7: None}, lr=4.0)
@@ -62,7 +62,7 @@ def test_a_used_network_and_optimiser_are_as_good_as_new_ones(scratch):
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_each_client_trains_on_its_own_images_and_streams(workers):
-    experiment, received = tiny_experiment(workers=workers), weights()
+    experiment, received = tiny_experiment(workers=workers, batch_size=4), weights()
     tasks = [Task(client, 7, received) for client in experiment.clients]
     results = federation.train_clients(experiment, experiment.method.client_update, tasks)
     assert list(results) == [0, 1, 2] and 1 <= len(experiment.spare["tiny"]) <= workers
@@ -71,7 +71,8 @@ def test_each_client_trains_on_its_own_images_and_streams(workers):
         images = data.ClientData(experiment.data.x_train, experiment.data.y_train, client.indices,
                                  lambda x: (x.float() - mean) / deviation)
         alone = baselines.fedavg_client_update(
-            *sgd(), received, images, partial(data.torch_stream, 4, round=7, client=k), **EPOCHS)
+            *sgd(), received, images, partial(data.torch_stream, 4, round=7, client=k),
+            local_epochs=2, batch_size=4)
         torch.testing.assert_close(results[k].update.weights, alone.update.weights)
         assert results[k].loss == pytest.approx(alone.loss)
     assert all(w.grad is None for model, _ in experiment.spare["tiny"] for w in model.parameters())

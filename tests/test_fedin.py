@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from tiny import (EPOCHS, LR, adam, check_purity, check_step, double_batch, entropy, same, stream,
-                  tiny_data, tiny_net, weights)
+                  tiny_data, tiny_net, trimmed_adam, weights)
 
 import baselines
 import data
@@ -182,7 +182,8 @@ def test_without_features_fedin_is_fedprox(projection, mu):
 @pytest.mark.parametrize("others", [None, features(17)])
 @pytest.mark.parametrize("noise_on", ["features", "upload"])
 def test_an_update_is_the_loop_of_its_step_written_out(noise, others, noise_on):
-    ours = update(others, mu=MU, noise=noise, noise_on=noise_on, feature_batch_size=8)
+    options = {"mu": MU, "noise": noise, "noise_on": noise_on, "feature_batch_size": 8}
+    ours, trimmed = update(others, **options), update(others, trimmed_adam, **options)
     (model, optimizer), rng, total = adam(), stream(data.NOISE), 0.0
     model.load_state_dict(weights())
     # A last row alone is left out; the batches of features take turns.
@@ -197,6 +198,7 @@ def test_an_update_is_the_loop_of_its_step_written_out(noise, others, noise_on):
         total += loss.item() * len(y)
     assert same(ours.update.weights, models.copy_state(model))
     assert ours.loss == pytest.approx(total) and ours.samples == 40
+    torch.testing.assert_close(trimmed.update, ours.update, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"noise": 0.8, "projection": "exact"}])

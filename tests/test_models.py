@@ -143,7 +143,7 @@ def test_convolution_is_torchs_whole_or_trimmed(size, stride):
     ("sgd", torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.01})])
 def test_steps_of_a_scratch_network_are_those_of_a_whole_one_but_idle_taps_stay(optimizer, kind,
                                                                                 options):
-    """Of the second convolution of TinyNet 4 taps meet its map, and 5 are idle."""
+    """TinyNet: 4 taps of the second convolution meet its map, and 5 are idle."""
     scratch, ours = models.scratch_network(TinyNet, (1, 8, 8), torch.device("cpu"), lr=0.1,
                                            optimizer=optimizer, **options)
     whole, start = tiny_net(), weights()

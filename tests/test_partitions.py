@@ -75,10 +75,8 @@ PARTITIONS = {
 
 @pytest.mark.parametrize("draw_parts", PARTITIONS.values(), ids=PARTITIONS)
 def test_a_partition_is_repeatable_and_another_seed_gives_another(draw_parts):
-    before = torch.get_rng_state().tolist(), str(np.random.get_state())
     first, again, other = (draw_parts(numpy_rng(seed)) for seed in (0, 0, 1))
     assert equal(first, again) and not equal(first, other)
-    assert (torch.get_rng_state().tolist(), str(np.random.get_state())) == before
 
 
 def test_a_partition_runs_when_copied_into_a_file_of_its_own():
@@ -97,7 +95,7 @@ def test_a_subset_is_as_balanced_as_the_classes_allow(count):
     subset = partitions.balanced_subset(UNEVEN, count, numpy_rng())
     assert len(subset) == count == len(subset.unique())
     have, got = UNEVEN.bincount(), UNEVEN[subset].bincount(minlength=10)
-    assert (got[got < have] >= got.max() - 1).all()  # only a class with no image left lags behind
+    assert (got[got < have] >= got.max() - 1).all()  # a used-up class lags behind
 
 
 @pytest.mark.parametrize("num_clients", [1, 3, 7, 700])
@@ -129,10 +127,6 @@ def test_dirichlet_keeps_the_first_draw_with_the_minimum_and_draws_no_more_than_
 
 
 def test_dirichlet_shares_have_the_mean_and_variance_of_that_distribution():
-    labels = labels_of(50, 100, 10)
-    counts = counts_of(labels, DIRICHLET(labels, 5, 1e9, numpy_rng()))
-    assert counts.tolist() == [[10, 20, 2]] * 5
-
     num_clients, alpha, size = 4, 0.5, 100
     labels, mean = torch.arange(400).repeat(size), 1 / num_clients
     counts = counts_of(labels, DIRICHLET(labels, num_clients, alpha, numpy_rng()))
@@ -286,6 +280,8 @@ def test_the_server_has_images_as_clients_have_them_but_of_seen_classes_alone(pr
     assert split.proxy.dtype == torch.uint8
     assert split.proxy.shape == (len(held_out) or 400, 1, 32, 32)
 
+    none = complaint(partitions.proxy_images, "holdout", noise, ALL[:0], 0)
+    assert "0 images of 1 channels" in none
     images = partitions.server_images(split)
     assert equal(split.validation, [images["validation"].images, images["validation"].labels])
     for part, x in ((images["proxy"], split.proxy), (images["validation"], split.validation[0])):
@@ -304,18 +300,11 @@ def test_the_input_of_a_network_is_told_in_numbers_for_json(noise):
 # -------------------------------------------------------------------------------- impossible splits
 
 @pytest.mark.parametrize("call, arguments, words", [
-    (DIRICHLET, (labels_of(3, 2), 10, 0.5), "split of 5 images gives 10 clients"),
+    (partial(partitions.balanced_subset, part="test"), (UNEVEN, 701), "the 700 test images"),
     (partial(DIRICHLET, redraws=3), (UNEVEN, 40, 0.001), "larger --alpha"),
-    (PATHOLOGICAL, (UNEVEN, 4, 11), "--classes-per-client must not be more than the 10"),
-    (DROPOUT, (UNEVEN, 10, 0.9, 2), "--missing-classes 0.9 leaves 1 of 10 classes"),
     (DROPOUT, (UNEVEN, 2, 0.4, 2), "0 of 2 clients: at least two classes and one client must"),
     (DROPOUT, (UNEVEN, 10, 0.2, 9), "give --classes-per-client 8 or less"),
     (partial(partitions.draw_parts, partition="pathological", alpha=None, classes_per_client=1,
              missing_classes=None), (labels_of(1, 30), 2), "a client with fewer than two")])
 def test_a_partition_that_cannot_be_is_an_error(call, arguments, words):
     assert words in complaint(call, *arguments, rng=numpy_rng())
-
-
-def test_a_subset_larger_than_the_images_is_an_error(noise):
-    words = "--test-images 181 is more than the 180 test images"
-    assert words in complaint(SPLIT, noise, 10, 0, test_images=181)

@@ -71,6 +71,8 @@ def fresh(kind: type, lr: float, make: Callable = TinyNet, **options):
 
 adam = partial(fresh, torch.optim.Adam, lr=1e-2)
 sgd = partial(fresh, torch.optim.SGD, lr=LR)
+trimmed_adam = partial(models.scratch_network, TinyNet, (1, 8, 8), torch.device("cpu"),
+                       optimizer="adam", lr=1e-2)
 
 
 def same(a: dict, b: dict) -> bool:
