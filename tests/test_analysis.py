@@ -228,7 +228,7 @@ def test_clients_have_no_final_network_while_a_stage_is_left(name, done, folder_
 
 def contents(folder: Path) -> dict:
     files_of_run = {part.name: part.read_bytes() for part in folder.iterdir()}
-    return files_of_run | {"config.json": config(folder)}  # whose order may change
+    return files_of_run | {"config.json": config(folder)}  # in any order
 
 
 def test_one_more_round_has_the_uploads_of_the_next_round(folder_of, tmp_path):

@@ -5,8 +5,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from commands import (APFL, ASYNC, DROPOUT, FEW, TWO_OF_THREE, config, experiment_of, go, lines,
-                      make_small, result)
+from commands import (APFL, ASYNC, DROPOUT, FEW, TWO_OF_THREE, checkpoint, config, experiment_of,
+                      go, lines, make_small, result)
 from tiny import (EPOCHS, alike, few_digits, same, sgd, stream, tiny_data, tiny_experiment,
                   weights)
 from torch import nn
@@ -51,10 +51,6 @@ def runs(tmp_path_factory):
         ending = experiment.method.finish(experiment, saved["server"], saved["stage_results"], None)
         made[name] = out, saved, experiment, ending
     return made
-
-
-def checkpoint(out) -> dict:
-    return torch.load(out / "checkpoint.pt", weights_only=True)
 
 
 # ---------------------------------------------------------- federated training, asynchronous rounds
@@ -119,7 +115,10 @@ def test_constant_mixing_is_an_exponential_moving_average():
 
 
 def arrivals_by_hand(lengths, count: int) -> list[tuple]:
-    """(time, client, number of its work) of the first arrivals; lengths: of a work, per client."""
+    """First arrivals: (time, client, number of its work).
+
+    lengths: client -> time that a piece of its work takes
+    """
     return sorted((n * length, k, n) for k, length in enumerate(lengths)
                   for n in range(1, count + 1))[:count]
 
@@ -163,8 +162,8 @@ def test_asynchronous_rounds_are_a_simulation_written_out(monkeypatch):
             "clock": ends[3 * t + 3] - ends[3 * t], "upload_mb": 24e-6, "download_mb": 24e-6,
             "staleness_mean": sum(behind[3 * t:3 * t + 3]) / 3, "samples": samples,
             "loss": sum(n for *_, n in part) / samples})
-    assert sorted(sum(calls, [])) == sorted((k, n) for _, k, n in arrivals)  # each once, no others
-    assert len(calls) < 9  # several at a time
+    assert sorted(sum(calls, [])) == sorted((k, n) for _, k, n in arrivals)  # nothing trains twice
+    assert len(calls) < 9  # several clients train at a time
 
 
 def test_asynchronous_runs_follow_the_clients_speeds_with_any_workers_and_resume(tmp_path):
@@ -335,7 +334,7 @@ def test_stages_are_as_by_hand(run, teacher, semantics, noise_dim, training, fri
         data.torch_stream(seed, data.GENERATOR_NOISE), **dict(zip(names, training)))
     assert same(done["generator"], models.copy_state(net))
 
-    # Friends, which threads have made that round otherwise
+    # Friend models; worker threads round differently
     names = ("friend_epochs", "synthetic_per_class", "friend_labels", "batch_size")
     update = partial(apfl.apfl_friend_update, **dict(zip(names, friends)))
     by_hand = {client.id: federation.train_client(
@@ -394,7 +393,7 @@ def test_final_accuracies_are_those_of_the_saved_models(runs):
     assert sheet["seen"] == [label in experiment.seen for label in range(10)]
     assert drawn["used"] == 0.7 and ("dropout", "accuracy") in drawn["curves"]
 
-    # The clients' models; beta weights the friend
+    # The models of all clients; beta weights the friend
     client = {k: teachers[k]["weights"] for k in (0, 1)} | done["late"]
     both = {k: {name: 0.3 * done["friends"][k][name] + 0.7 * tensor for name, tensor in one.items()}
             for k, one in client.items()}

@@ -389,7 +389,7 @@ def kernels(scale: float, seed: int):
 
 
 @pytest.mark.parametrize("scale, reference_scale, limited", [
-    (0.03, 0.03, False), (0.05, 0.001, True), (0.3, 0.3, True)])  # no limit, theta's, the entries'
+    (0.03, 0.03, False), (0.05, 0.001, True), (0.3, 0.3, True)])  # not limited; theta is; entries are
 def test_incos_rule_is_a_loop_over_kernels(scale, reference_scale, limited):
     update, reference = kernels(scale, 1), kernels(reference_scale, 2)
     expected = combined(update, reference)
@@ -588,7 +588,7 @@ def coordinate_means(whole: dict, sent: dict, places: dict, counts: dict) -> dic
     return after
 
 
-EXITS = (1, 2, 3, 4)  # small network with one block per stage
+EXITS = (1, 2, 3, 4)  # blocks before each exit of width_net
 
 
 @pytest.mark.parametrize("init, update, rolls, parts", [
