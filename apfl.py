@@ -169,9 +169,9 @@ def asynchronous_round(experiment: Experiment, server: dict, *, local_epochs: in
     for now, k in events:
         # All work that has begun and arrives in this round is trained together.
         if k not in results:
+            begun = [j for j in left if left[j] > 0 and j not in results]
             results |= train_clients(experiment, method.client_update, [
-                Task(clients[j], flights[j].work, flights[j].received)
-                for j in left if left[j] > 0 and j not in results])
+                Task(clients[j], flights[j].work, flights[j].received) for j in begun])
 
         # Arrival: the older the client's model, the smaller its share.
         result, flight = results.pop(k), flights[k]
@@ -199,10 +199,12 @@ def apfl_late(experiment: Experiment, server: dict, *, local_epochs: int,
 
     A client whose first work is under way at the end of an asynchronous run completes theta_k.
     """
-    flights = server.get("flights", {})
-    tasks = [Task(client, 1, flights[client.id]["received"]) if client.id in flights else
-             Task(client, 0, server["weights"][client.arch])
-             for client in experiment.clients if client.id not in server["teachers"]]
+    flights, tasks = server.get("flights", {}), []
+    for client in experiment.clients:
+        if client.id in flights and client.id not in server["teachers"]:
+            tasks.append(Task(client, 1, flights[client.id]["received"]))
+        elif client.id not in server["teachers"]:
+            tasks.append(Task(client, 0, server["weights"][client.arch]))
     return train_late(experiment, tasks, local_epochs=local_epochs, batch_size=batch_size)
 
 
@@ -255,7 +257,7 @@ def sample_sheet(experiment: Experiment, net: SemanticGenerator) -> Tensor:
     """Samples of the generator to look at, (classes, SHEET, C, 32, 32) uint8."""
     num_classes, (mean, deviation) = len(net.semantics), experiment.statistics
     labels = torch.arange(num_classes, device=mean.device).repeat_interleave(SHEET)
-    rng = streams(experiment.settings["seed"], 1, 0)(GENERATOR_NOISE)
+    rng = streams(experiment.settings["seed"], 1, 0)(GENERATOR_NOISE)  # round 0 is training's
     images = sample(net, labels, rng) * deviation + mean
     return images.clamp(0, 255).byte().unflatten(0, (num_classes, SHEET))
 
@@ -275,9 +277,8 @@ def friend_label_shares(labels: Tensor, num_classes: int, friend_labels: str) ->
 
 def apfl_friend_update(model: nn.Module, optimizer: Optimizer,
                        received: tuple[State, SemanticGenerator], data: ClientData, stream: Stream,
-                       *, friend_epochs: int, batch_size: int,
-                       synthetic_per_class: int = SYNTHETIC_PER_CLASS,
-                       friend_labels: str = FRIEND_LABELS) -> Result:
+                       *, friend_epochs: int, batch_size: int, synthetic_per_class: int,
+                       friend_labels: str) -> Result:
     """Train the global model on synthetic samples alone: the friend model, which stays here.
 
     received: global weights and the generator.  Only the labels of the client's data are read

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 import ranks
@@ -34,7 +33,7 @@ INPUTS = ("dataset", "proxy", "semantics", "word_vectors")  # settings that may 
 NEW_RUN = "start a new run with another --out"
 START_OVER = "move it away, and --resume starts at round 1"
 # This process's lock, and the folders that it made for its run
-_held: tuple[FileLock, list[Path]] | None = None
+_held: tuple | None = None
 
 
 class Progress(NamedTuple):
@@ -64,7 +63,10 @@ def claim(out: Path, resume: bool) -> None:
     A new run needs a folder that is empty but for these, hidden files and error.log.
     Raises ValueError if another process has the folder, or if it does not hold what it should.
     """
+    from filelock import FileLock, Timeout  # 60 ms, which --help can do without
+
     global _held
+
     # Refuse what cannot be a run's folder
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another --out")

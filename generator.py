@@ -114,10 +114,10 @@ def classification_loss(x: Tensor, y: Tensor, teachers: Sequence[Callable[[Tenso
     if rows is None:
         rows = counting_rows(y, weights)
     total = x.new_zeros(())
-    for teacher, weight, seen in zip(teachers, weights[:, y], rows):
-        if len(seen):
-            losses = F.cross_entropy(teacher(x[seen]), y[seen], reduction="none")
-            total = total + (weight[seen] * losses).sum()
+    for teacher, weight, judged in zip(teachers, weights[:, y], rows):
+        if len(judged):
+            losses = F.cross_entropy(teacher(x[judged]), y[judged], reduction="none")
+            total = total + (weight[judged] * losses).sum()
     return total / len(y)
 
 

@@ -67,7 +67,7 @@ COMMON = {  # defaults in every setting
 
 # --------------------------------------------------------------------------------- the command line
 
-LARGEST = 1e9  # bound of every number on the command line, if it has no other
+LARGEST = 1e9  # bound of numbers on the command line that have no other
 
 
 def read_command_line(argv: list[str] | None) -> dict:
@@ -75,7 +75,7 @@ def read_command_line(argv: list[str] | None) -> dict:
     return vars(parser().parse_args(argv))
 
 
-def number(kind: type, low: float = -LARGEST, high: float = LARGEST, *,
+def number(kind: type, low: float = -math.inf, high: float = math.inf, *,
            above: float | None = None) -> Callable[[str], float]:
     """Type of a flag that is a number (int or float) from low to high, and above a bound."""
     return partial(read_number, kind=kind, low=low, high=high, above=above)
@@ -87,10 +87,11 @@ def read_number(text: str, kind: type, low: float, high: float, above: float | N
         value = kind(text)
     except ValueError:
         value = math.nan
-    if low <= value <= high and (above is None or value > above):
+    largest = LARGEST if high == math.inf else high
+    if low <= value <= largest and (above is None or value > above):
         return value
-    bounds = [f"at least {low:g}"] * (low > -LARGEST) + [f"above {above}"] * (above is not None)
-    bounds += [f"at most {high:g}"] * (high < LARGEST)
+    bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"above {above}"] * (above is not None)
+    bounds += [f"at most {high:g}"] * (high < math.inf)
     noun = "a whole number" if kind is int else "a number"
     raise argparse.ArgumentTypeError(f"must be {noun} {' and '.join(bounds)}, not '{text}'")
 
@@ -142,8 +143,8 @@ def parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="resume the run in --out")
     add("--checkpoint-every", type=number(int, 1), help="rounds between checkpoints (default: 1)")
 
-    for title, module in (("data", partitions), ("FedIN", fedin), ("AP-FL", apfl),
-                          ("ScaleFL", widths), ("other baselines", baselines)):
+    for title, module in {"data": partitions, "FedIN": fedin, "AP-FL": apfl, "ScaleFL": widths,
+                          "other baselines": baselines}.items():
         module.add_arguments(top.add_argument_group(title).add_argument, number)
     return top
 
@@ -184,7 +185,6 @@ def resolve(typed: dict) -> dict:
         defaults["semantics"] = "segments" if dataset in ("digits", "svhn") else "clip"
     settings = read_settings(defaults, typed)
     check_combination(settings, METHODS)
-
     settings["device"] = str(ranks.find_device(settings["device"]))
     if settings["workers"] is None:
         cores = ranks.share_of_cores(num_cores()) if settings["device"] == "cpu" else 1

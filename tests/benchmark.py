@@ -8,6 +8,7 @@ pairs (ranks: one run each); above 1 the first is faster or smaller.
 
 import json
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -59,11 +60,6 @@ def compare(first, second, repeats=6, clock=time.perf_counter) -> tuple[float, f
 
 # ----------------------------------------------------------------------------------------- starting
 
-def children_cpu() -> float:
-    """User and system time of the processes that this one has waited for."""
-    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-
-
 def execute(*command: str) -> str:
     """Output of a Python command, however it ends."""
     return subprocess.run([sys.executable, *command], text=True, capture_output=True).stdout
@@ -76,17 +72,16 @@ def memory_of(flags: str) -> str:
 
 def starting(folder: Path) -> None:
     """CPU seconds before the first round beside `import torch`, and peak memory."""
-    for title, command in (("`import run`", ("-c", "import run")), ("--help", ("run.py", "--help")),
-                           ("an unread flag", ("run.py", "--method", "local", "--mu", "1"))):
-        torch_alone, ours, ratio = compare(partial(execute, "-c", "import torch"),
-                                           partial(execute, *command), clock=children_cpu)
-        row(f"{title}, `import torch`: CPU s", f"{ours:.2f}", f"{torch_alone:.2f}", 1 / ratio)
-    row("`import torch`: MiB", execute("-c", f"import torch; {MEMORY}").strip())
+    for command in ("-c 'import run'", "run.py --help", "run.py --method local --mu 1"):
+        torch_alone, ours, ratio = compare(
+            partial(execute, "-c", "import torch"), partial(execute, *shlex.split(command)),
+            clock=lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]))  # user and system
+        row(f"{command}; import torch: CPU s", f"{ours:.2f}", f"{torch_alone:.2f}", 1 / ratio)
+    row("import torch: MiB", execute("-c", f"import torch; {MEMORY}").strip())
     images = save_images(folder, 15_000, tests=10_000)
-    for title, flags in (
-            ("`import run`", "--resume"), ("digits, ten rounds", "--model cnn"),
-            ("15,000 colour images, two rounds",
-             f"--setting apfl --local-epochs 1 --rounds 2 --dataset {images}")):
+    for title, flags in (("import run", "--resume"), ("digits, ten rounds", "--model cnn"), (
+            "15,000 colour images, two rounds", "--setting apfl --local-epochs 1 --rounds 2 "
+            f"--dataset {images}")):
         row(f"{title}: MiB", memory_of(f"--method fedavg {flags} --out {folder}/{title[0]}"))
 
 
@@ -194,9 +189,9 @@ def rounds(folder: Path) -> None:
         settings = experiment.settings | {"workers": workers, "threads": threads}
         return partial(run.train_round, experiment._replace(settings=settings), 2, server, {})
 
-    for workers, threads in ((1, 1), (1, 2)):
-        mine, other, ratio = compare(one_round(2, 1), one_round(workers, threads), repeats=2)
-        row(f"FedIN, 2 workers x 1 thread; {workers} x {threads}: s per round", f"{mine:.1f}",
+    for threads in (1, 2):
+        mine, other, ratio = compare(one_round(2, 1), one_round(1, threads), repeats=2)
+        row(f"FedIN, 2 workers; 1, of {threads} threads: s per round", f"{mine:.1f}",
             f"{other:.1f}", ratio)
 
 

@@ -197,7 +197,9 @@ def test_a_generator_that_diverges_stops_the_run(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("lr", [1e6, 1e39])  # at 1e39 the loss of the one step is finite still
-def test_a_run_that_diverges_later_keeps_its_last_good_checkpoint(tmp_path, capsys, lr):
+def test_a_run_that_diverges_later_keeps_its_last_good_checkpoint(tmp_path, capsys, lr,
+                                                                  monkeypatch):
+    monkeypatch.setattr(run, "LARGEST", lr)
     flags = [*CNN, "--optimizer", "sgd", "--batch-size", "24" if lr > 1e38 else "12"]
     go(tmp_path, *flags, "--rounds", "1")
     (tmp_path / "config.json").write_text(json.dumps(config(tmp_path) | {"lr": lr}))

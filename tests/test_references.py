@@ -389,7 +389,7 @@ def kernels(scale: float, seed: int):
 
 
 @pytest.mark.parametrize("scale, reference_scale, limited", [
-    (0.03, 0.03, False), (0.05, 0.001, True), (0.3, 0.3, True)])  # not limited; theta is; entries are
+    (0.03, 0.03, False), (0.05, 0.001, True), (0.3, 0.3, True)])  # no limit; theta's; entries'
 def test_incos_rule_is_a_loop_over_kernels(scale, reference_scale, limited):
     update, reference = kernels(scale, 1), kernels(reference_scale, 2)
     expected = combined(update, reference)
