@@ -27,7 +27,7 @@ import run
 
 
 def main(out: Path) -> None:
-    """Train the classifier and print its accuracy per class."""
+    """Train the classifier and print its accuracies."""
     settings = config(out)
     torch.set_num_threads(run.num_cores())
     experiment = experiment_of(settings)
@@ -44,10 +44,9 @@ def main(out: Path) -> None:
     # Accuracy
     predicted = models.predict(model, experiment.data.x_test,
                                data.preparation(experiment.statistics))
-    labels, num_classes = experiment.data.y_test, len(experiment.data.classes)
-    accuracies = evaluation.zero_shot_accuracies((predicted == labels)[None], labels,
-                                                 experiment.seen, experiment.unseen)
-    print(f"{settings['semantics']}, chance {100 / num_classes:.1f} %: {accuracies}")
+    labels = experiment.data.y_test
+    print(settings["semantics"], evaluation.zero_shot_accuracies(
+        (predicted == labels)[None], labels, experiment.seen, experiment.unseen))
 
 
 if __name__ == "__main__":
