@@ -280,7 +280,7 @@ def train_clients(experiment: Experiment, update: Callable, tasks: Sequence[Task
     cost = {task.client.id: len(task.client.indices) * num_bytes(task.received or task.kept)
             for task in tasks}
     owner = ranks.deal_out(cost)
-    todo = sorted((task for task in tasks if owner[task.client.id] == ranks.number()),
+    work = sorted((task for task in tasks if owner[task.client.id] == ranks.number()),
                   key=lambda task: cost[task.client.id], reverse=True)
 
     pool = ThreadPoolExecutor(settings["workers"], initializer=torch.set_num_threads,
@@ -288,7 +288,7 @@ def train_clients(experiment: Experiment, update: Callable, tasks: Sequence[Task
     results = {}
     try:
         futures = {task.client.id: pool.submit(train_client, experiment, update, task)
-                   for task in todo}
+                   for task in work}
         for k in (pictures.progress_bar(ids, title, "client") if title and ids else ids):
             with error_context(title), error_context(f"client {k}"):
                 results[k] = ranks.on_rank(owner[k], futures[k].result if k in futures else None,

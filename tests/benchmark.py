@@ -2,8 +2,8 @@
 
     python -m tests.benchmark [PART ...]     all parts, see PARTS, take about an hour on two cores
 
-Prints one table.  Two things that are compared run alternately.  Their ratio is the median over the
-pairs (ranks: one run each); above 1 the first is faster or smaller.
+Two things that are compared run alternately.  Their ratio is the median over the pairs (ranks: one
+run each); above 1 the first is faster.
 """
 
 import json
@@ -22,7 +22,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -36,12 +35,11 @@ import models
 import run
 from federation import Experiment, first_server, train_clients
 
-MEMORY = "print(__import__('resource').getrusage(0).ru_maxrss // 1024)"  # MiB of the process
 
-
-def row(title: str, first: object, second: object = "", ratio: float | None = None) -> None:
-    """Print a line of the table."""
-    print(f"| {title} | {first} | {second} | {f'{ratio:.2f}' if ratio else ''} |", flush=True)
+def row(title: str, *values: float | str) -> None:
+    """Print a line of the table: one or two measurements, and their ratio."""
+    cells = [value if isinstance(value, str) else f"{value:,.4g}" for value in values]
+    print("| " + " | ".join([title, *cells]) + " |", flush=True)
 
 
 def compare(first, second, repeats=6, clock=time.perf_counter) -> tuple[float, float, float]:
@@ -67,17 +65,16 @@ def execute(*command: str) -> str:
 
 def memory_of(flags: str) -> str:
     """Peak memory in MiB of a run."""
-    return execute("-c", f"import run; run.main({flags.split()}); {MEMORY}").split()[-1]
+    return execute("-c", f"import resource, run; run.main({flags.split()}); "
+                   "print(resource.getrusage(0).ru_maxrss // 1024)").split()[-1]
 
 
 def starting(folder: Path) -> None:
     """CPU seconds before the first round beside `import torch`, and peak memory."""
     for command in ("-c 'import run'", "run.py --help", "run.py --method local --mu 1"):
-        torch_alone, ours, ratio = compare(
-            partial(execute, "-c", "import torch"), partial(execute, *shlex.split(command)),
-            clock=lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]))  # user and system
-        row(f"{command}; import torch: CPU s", f"{ours:.2f}", f"{torch_alone:.2f}", 1 / ratio)
-    row("import torch: MiB", execute("-c", f"import torch; {MEMORY}").strip())
+        row(f"{command}; import torch: CPU s", *compare(
+            partial(execute, *shlex.split(command)), partial(execute, "-c", "import torch"),
+            clock=lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])))  # user and system
     images = save_images(folder, 15_000, tests=10_000)
     for title, flags in (("import run", "--resume"), ("digits, ten rounds", "--model cnn"), (
             "15,000 colour images, two rounds", "--setting apfl --local-epochs 1 --rounds 2 "
@@ -113,7 +110,7 @@ def update(folder: Path) -> None:
                         else torch.contiguous_format)
         for layer in net.modules():
             if isinstance(layer, models.Conv2d):
-                layer.__class__ = nn.Conv2d
+                layer.__class__ = torch.nn.Conv2d
         weights = models.copy_state(net)
         bare = partial(bare_loop, net, weights, images, labels, mean, deviation, batch_size, 2, lr)
         scratch = models.scratch_network(make, images.shape[1:], images.device, optimizer="adam",
@@ -125,8 +122,8 @@ def update(folder: Path) -> None:
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             mine, theirs, ratio = compare(lambda: pool.submit(ours).result(),
                                           lambda: pool.submit(bare).result())
-        row(f"client update, {arch}, batch {batch_size}; bare loop: images/s",
-            f"{2 * count / mine:.0f}", f"{2 * count / theirs:.0f}", ratio)
+        row(f"client update, {arch}, batch {batch_size}; bare loop: images/s", 2 * count / mine,
+            2 * count / theirs, ratio)
 
 
 # ------------------------------------------------------------------------------------------- rounds
@@ -170,9 +167,9 @@ def parts_of_a_round(folder: Path, title: str, images: int, **typed) -> None:
             timed("evaluation", evaluation.evaluate, experiment, server, memory)
             timed("checkpoint", files.save_checkpoint, folder,
                   files.Progress(t, server, memory, figures, {}, {}))
-    row(f"{title}: images/s in training", f"{samples / spent['training']:.0f}")
+    row(f"{title}: images/s in training", samples / spent["training"])
     for part, seconds in spent.items():
-        row(f"{title}: {part}, s per round", f"{seconds / 2:.3f}")
+        row(f"{title}: {part}, s per round", seconds / 2)
 
 
 def rounds(folder: Path) -> None:
@@ -190,9 +187,8 @@ def rounds(folder: Path) -> None:
         return partial(run.train_round, experiment._replace(settings=settings), 2, server, {})
 
     for threads in (1, 2):
-        mine, other, ratio = compare(one_round(2, 1), one_round(1, threads), repeats=2)
-        row(f"FedIN, 2 workers; 1, of {threads} threads: s per round", f"{mine:.1f}",
-            f"{other:.1f}", ratio)
+        row(f"FedIN, 2 workers; 1, {threads} threads: s per round",
+            *compare(one_round(2, 1), one_round(1, threads), repeats=2))
 
 
 def seconds_of_last_round(out: Path) -> float:
@@ -202,26 +198,25 @@ def seconds_of_last_round(out: Path) -> float:
 
 def process_counts(folder: Path) -> None:
     """A round of FedIN on two processes and on one."""
-    images, seconds = save_images(folder, 4000, tests=500), {}
-    for processes in ("1", "2"):
+    images, seconds = save_images(folder, 4000, tests=500), []
+    for processes in "21":
         execute("-m", "torch.distributed.run", "--nproc-per-node", processes, "run.py", *(
             f"--setting fedin --dataset {images} --partition iid --clients 10 --participation 1 "
             f"--local-epochs 1 --rounds 4 --workers 1 --out {folder}/{processes}").split())
-        seconds[processes] = seconds_of_last_round(folder / processes)
-    row("FedIN, 10 clients, one worker each: 2 processes; 1: s per round", f"{seconds['2']:.1f}",
-        f"{seconds['1']:.1f}", seconds["1"] / seconds["2"])
+        seconds.append(seconds_of_last_round(folder / processes))
+    row("FedIN, 10 clients, 2 processes; 1: s per round", *seconds, seconds[1] / seconds[0])
 
 
 def client_counts(folder: Path) -> None:
     """Ten clients per round with two to ten images each: costs that grow with the clients."""
     for clients in (10, 1000, 6000, 60_000):
-        images, start, out = min(10 * clients, 120_000), time.perf_counter(), folder / str(clients)
+        images, out = min(10 * clients, 120_000), folder / str(clients)
         memory = memory_of(f"--method fedavg --model cnn --setting fedin --clients {clients} "
                            f"--dataset {save_images(folder, images)} --partition iid --rounds 6 "
                            f"--participation {10 / clients} --local-epochs 1 --eval-every 6 "
                            f"--out {out}")
-        row(f"ten of {clients:,} clients, {images:,} images: s per round, s in all, MiB",
-            seconds_of_last_round(out), f"{time.perf_counter() - start:.1f}, {memory}")
+        row(f"ten of {clients:,} clients, {images:,} images: s per round, MiB",
+            seconds_of_last_round(out), memory)
 
 
 def seconds_of_methods(folder: Path) -> None:
@@ -236,15 +231,15 @@ def seconds_of_methods(folder: Path) -> None:
                 f"--method {method} --model {model} --setting fedin --dataset {images} --rounds 3 "
                 "--train-images 5000 --alpha 0.5 --clients 20 --participation 0.25 "
                 f"--local-epochs 2 --eval-every 3 --out {out}").split())
-            row(f"{method} on {model}: s per round", f"{seconds_of_last_round(out):.1f}")
+            row(f"{method} on {model}: s per round", seconds_of_last_round(out))
 
 
 PARTS = {"starting": starting, "update": update, "round": rounds, "ranks": process_counts,
          "clients": client_counts, "methods": seconds_of_methods}
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {run.num_cores()} cores\n\n| measured | first | second | "
-          "ratio |\n|---|---|---|---|")
+    print(f"torch {torch.__version__}, {run.num_cores()} cores\n")
+    print("| measured | first | second | ratio |\n|---|---|---|---|")
     torch.set_num_threads(run.num_cores())
     for name in sys.argv[1:] or PARTS:
         with tempfile.TemporaryDirectory() as folder:

@@ -10,8 +10,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent))
 
 from commands import config, experiment_of
@@ -23,13 +21,11 @@ import federation
 import files
 import generator
 import models
-import run
 
 
 def main(out: Path) -> None:
     """Train the classifier and print its accuracies."""
     settings = config(out)
-    torch.set_num_threads(run.num_cores())
     experiment = experiment_of(settings)
     weights = files.load_checkpoint(out, "cpu").stage_results["generator"]
     net = generator.load_generator(weights, experiment.data.x_train.shape[1], settings["noise_dim"])
