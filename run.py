@@ -91,7 +91,7 @@ def read_number(text: str, kind: type, low: float, high: float, above: float | N
     if low <= value <= largest and (above is None or value > above):
         return value
     bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"above {above}"] * (above is not None)
-    bounds += [f"at most {high:g}"] * (high < math.inf)
+    bounds += [f"at most {largest:.10g}"] * (high < math.inf or value > largest)
     noun = "a whole number" if kind is int else "a number"
     raise argparse.ArgumentTypeError(f"must be {noun} {' and '.join(bounds)}, not '{text}'")
 

@@ -66,7 +66,7 @@ def status_of(*flags: str) -> tuple[int | str, str]:
             return type(raised).__name__, str(raised)
 
 
-def main(cases: int, seed: int) -> int:
+def main(cases: int = 300, seed: int = 0) -> int:
     """Break one thing per case, and count the outcomes."""
     rng, outcomes, failed = random.Random(seed), Counter(), 0
     generator.WIDTHS, apfl.BETA_TEST_IMAGES = SMALL
@@ -94,5 +94,4 @@ def main(cases: int, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    cases, seed = (*map(int, sys.argv[1:]), *(300, 0)[len(sys.argv) - 1:])
-    sys.exit(main(cases, seed))
+    sys.exit(main(*map(int, sys.argv[1:])))

@@ -356,12 +356,12 @@ def test_clients_send_and_receive_what_their_method_says(method, method_run):
 # ---------------------------------------------------------------------------------------- bad input
 
 MISTAKES = [
-    ("--method fedsgd", "--method: invalid choice: 'fedsgd' (choose from 'local', 'fedavg', "),
+    ("--method fedsgd", "--method: invalid choice: 'fedsgd' (choose from "),
     ("--dataset minst", "unknown dataset 'minst': choose one of digits, "),
     ("--dataset nowhere.npz", "no file nowhere.npz"), ("--resume", "no run in runs/fedin-digits-0"),
     ("--model resnet152", "--model: invalid choice: 'resnet152'"),
     ("--epochs 3", "unrecognized arguments: --epochs 3"), ("--part iid", "arguments: --part iid"),
-    ("--ablate in --ablate prox x", "--ablate: invalid choice: 'x' (choose from 'in', 'prox', 'o"),
+    ("--ablate in --ablate prox x", "--ablate: invalid choice: 'x' (choose from "),
     ("--rounds", "--rounds: expected one argument"), ("--method feddf --proxy photos", "--proxy"),
     ("--device quantum", "--device quantum cannot"), ("--device meta", "--device meta cannot be"),
     ("--method apfl --semantics nowhere.npz", "no file nowhere.npz: check --semantics"),
