@@ -395,7 +395,7 @@ UNREAD = {  # reason -> commands whose last flag is not read for it
     "with --missing-classes": ["--missing-classes 0.2 --alpha 1"],
     "with --ablate prox": ["--ablate prox --mu 0.2"]}
 BOUNDS = {  # bounds of a number -> commands whose last flag does not keep them
-    "a number above 0, not": ["--alpha 0", "--alpha inf", "--lr nan"],
+    "a number above 0": ["--alpha 0", "--alpha inf", "--lr nan"],
     "a whole number at least 1": ["--rounds 0", "--clients 2.5", "--rounds 1" + 400 * "0"],
     "a whole number at least 2": ["--batch-size 1"], "a whole number at least 0": ["--seed -1"],
     "a number above 0 and at": ["--participation 1.5"], "a number at least 0": ["--noise -1"],
