@@ -377,15 +377,14 @@ def compare_clients(folder: str | Path, *, images: int = 2000) -> ClientComparis
 
     # Test images
     rows = torch.linspace(0, len(dataset.y_test) - 1, min(images, len(dataset.y_test))).long()
-    x_test = dataset.x_test[rows].to(experiment.data.x_test.device)
-    prepare = data.preparation(experiment.statistics)
+    x_test = dataset.x_test[rows].to(experiment.data.x_test.device).split(models.TEST_BATCH)
 
     # Features
     by_client, names, first = [], [], {}
     for k in sorted(updates):
         arch = experiment.clients[k].arch
         net = experiment.network(arch, updates[k].weights).eval()
-        by_client.append(stage_features(net, map(prepare, x_test.split(models.TEST_BATCH))))
+        by_client.append(stage_features(net, map(experiment.prepare, x_test)))
         names.append(f"{k}: {arch}")
         first.setdefault(arch, by_client[-1][3])
 

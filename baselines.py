@@ -22,7 +22,7 @@ FedDF        Ensemble Distillation for Robust Model Fusion in FL, NeurIPS 2020, 
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from torch.optim import Optimizer
 from data import BATCHES, PROXY_BATCHES, ClientData, Stream, batches, num_steps
 from federation import (Client, Ending, Experiment, LabelledUpdate, Method, Result, Task, Update,
                         reset, run_steps, train_clients)
-from models import (MODELS, State, all_finite, average, block_of, copy_parameters, copy_state,
+from models import (MODELS, State, adam, all_finite, average, block_of, copy_parameters, copy_state,
                     is_parameter, layerwise_average, learnt_part, num_bytes,
                     per_architecture_average, predict, predict_logits, representation)
 from partitions import PROXIES
@@ -86,7 +86,7 @@ def fedavg_client_update(model: nn.Module, optimizer: Optimizer, received: State
                          batch_size: int) -> Result:
     """Train the received weights on the client's images for local_epochs epochs."""
     reset(model, optimizer, received)
-    loss, samples = run_steps(partial(fedavg_step, model, optimizer),
+    loss, samples = run_steps(fedavg_step, model, optimizer, data,
                               batches(data, batch_size, local_epochs, stream(BATCHES)))
     return Result(Update(copy_state(model), len(data.indices)), loss, samples)
 
@@ -140,8 +140,9 @@ def add_proximal_gradient(model: nn.Module, start: State, mu: float) -> None:
     if mu == 0:
         return
     # Written out, since autograd would pass over all weights several times more.
-    for name, parameter in model.named_parameters():
-        parameter.grad.add_(parameter - start[name], alpha=mu)
+    names, parameters = zip(*model.named_parameters())
+    moved = torch._foreach_sub(parameters, [start[name] for name in names])
+    torch._foreach_add_([parameter.grad for parameter in parameters], moved, alpha=mu)
 
 
 def fedprox_client_update(model: nn.Module, optimizer: Optimizer, received: State,
@@ -149,9 +150,9 @@ def fedprox_client_update(model: nn.Module, optimizer: Optimizer, received: Stat
                           mu: float = FEDPROX_MU) -> Result:
     """FedAvg's update with the proximal term."""
     reset(model, optimizer, received)
-    loss, samples = run_steps(partial(fedprox_step, model, optimizer, mu=mu),
+    loss, samples = run_steps(fedprox_step, model, optimizer, data,
                               batches(data, batch_size, local_epochs, stream(BATCHES)),
-                              copy_parameters(model))
+                              copy_parameters(model), mu=mu)
     return Result(Update(copy_state(model), len(data.indices)), loss, samples)
 
 
@@ -252,8 +253,8 @@ def scaffold_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor,
     """
     loss = fedavg_step(model, optimizer, x, y)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.sub_(correction[name], alpha=lr)
+        names, parameters = zip(*model.named_parameters())
+        torch._foreach_sub_(parameters, [correction[name] for name in names], alpha=lr)
     return loss
 
 
@@ -266,8 +267,9 @@ def scaffold_client_update(model: nn.Module, optimizer: Optimizer, received: Sca
     """
     reset(model, optimizer, received.weights)
     correction = learnt_part(model, {name: c - kept[name] for name, c in received.variate.items()})
-    loss, samples = run_steps(partial(scaffold_step, model, optimizer, lr=lr),
-                              batches(data, batch_size, local_epochs, stream(BATCHES)), correction)
+    loss, samples = run_steps(scaffold_step, model, optimizer, data,
+                              batches(data, batch_size, local_epochs, stream(BATCHES)), correction,
+                              lr=lr)
     weights, steps = copy_state(model), num_steps(len(data.indices), batch_size, local_epochs)
 
     # c_k+ = c_k - c + (x - y) / (tau lr), whose last term is the mean step only without momentum.
@@ -409,10 +411,13 @@ def moon_initial_memory(server: dict, client: Client) -> State:
     return server["weights"][client.arch]
 
 
-def moon_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, z_global: Tensor,
-              z_previous: Tensor, *, mu: float, temperature: float = MOON_TEMPERATURE) -> Tensor:
+def moon_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor,
+              global_model: nn.Module, previous_model: nn.Module, *, mu: float,
+              temperature: float = MOON_TEMPERATURE) -> Tensor:
     """One step on cross entropy + mu contrastive_loss; return the detached cross entropy."""
     z = representation(model, x)
+    with torch.no_grad():
+        z_global, z_previous = representation(global_model, x), representation(previous_model, x)
     loss = F.cross_entropy(model.classifier[-1](z), y)
     optimizer.zero_grad()
     (loss + mu * contrastive_loss(z, z_global, z_previous, temperature)).backward()
@@ -424,13 +429,10 @@ def moon_client_update(model: nn.Module, optimizer: Optimizer, received: State, 
                        stream: Stream, kept: State, *, local_epochs: int, batch_size: int,
                        mu: float = MOON_MU) -> Result:
     """Minimise cross entropy + mu l_con (Algorithm 1); kept: the client's last trained model."""
-    # Both models that z is compared with are frozen, so their representations go along with x.
     reset(model, optimizer, received)
-    global_model, previous_model = frozen_copy(model, received), frozen_copy(model, kept)
-    frozen = torch.no_grad()(representation)
-    compared = ((x, y, frozen(global_model, x), frozen(previous_model, x))
-                for x, y in batches(data, batch_size, local_epochs, stream(BATCHES)))
-    loss, samples = run_steps(partial(moon_step, model, optimizer, mu=mu), compared)
+    loss, samples = run_steps(moon_step, model, optimizer, data,
+                              batches(data, batch_size, local_epochs, stream(BATCHES)),
+                              frozen_copy(model, received), frozen_copy(model, kept), mu=mu)
     weights = copy_state(model)
     return Result(Update(weights, len(data.indices)), loss, samples, kept=weights)
 
@@ -614,24 +616,35 @@ def feddf_distil(server: dict, updates: Mapping[int, Update], network: Callable,
     labelled = proxy._replace(labels=mean_logits(network, server["weights"], updates, proxy))
     new = {}
     for arch, weights in server["weights"].items():
-        # The student, and batches without end, equal for all; the learning rate falls to 0.
         student = network(arch, weights)
         best, new[arch] = num_right(student, validation), weights
-        optimizer = torch.optim.Adam(student.parameters(), lr=DISTILLATION_LR, fused=True)
+
+        # Batches without end, equal for all, and a learning rate that falls to 0
+        lr = DISTILLATION_LR
+        optimizer = adam(student, labelled.labels.new_tensor(lr) if labelled.labels.is_cuda else lr,
+                         fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, distillation_steps)
         endless = batches(labelled, DISTILLATION_BATCH, distillation_steps, stream(PROXY_BATCHES))
-        for step, (x, teacher) in enumerate(islice(endless, distillation_steps), start=1):
-            distillation_step(student.train(), optimizer, x, teacher)
-            schedule.step()
+        endless = with_schedule(endless, schedule)
 
-            # Early stopping
-            if step % DISTILLATION_CHECK == 0 or step == distillation_steps:
-                if not all_finite(student.state_dict()):
-                    raise FloatingPointError("distillation: a weight is no longer finite")
-                right = num_right(student, validation)
-                if right >= best:
-                    best, new[arch] = right, copy_state(student)
+        # Training with early stopping
+        for done in range(0, distillation_steps, DISTILLATION_CHECK):
+            count = min(DISTILLATION_CHECK, distillation_steps - done)
+            run_steps(distillation_step, student.train(), optimizer, labelled,
+                      islice(endless, count))
+            if not all_finite(student.state_dict()):
+                raise FloatingPointError("distillation: a weight is no longer finite")
+            right = num_right(student, validation)
+            if right >= best:
+                best, new[arch] = right, copy_state(student)
     return {**server, "weights": new}
+
+
+def with_schedule(batches: Iterator, schedule: Any) -> Iterator:
+    """Batches, with a step of the schedule of the learning rate after each."""
+    for batch in batches:
+        yield batch
+        schedule.step()
 
 
 # ------------------------------------------------------------------------------ methods and flags

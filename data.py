@@ -53,6 +53,11 @@ class ClientData(NamedTuple):
     labels: Tensor  # (N,) int64, shared by all clients
     indices: Tensor  # (n_k,) int64, the client's rows
     prepare: Callable[[Tensor], Tensor]  # uint8 images -> network input
+    augmented: bool = False  # whether prepare draws random numbers
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Network input x and labels y of a batch of rows (B,)."""
+        return self.prepare(self.images[rows]), self.labels[rows]
 
 
 # ----------------------------------------------------------------------------------- random streams
@@ -429,12 +434,15 @@ def num_steps(count: int, batch_size: int, epochs: int) -> int:
 
 
 def batches(data: ClientData, batch_size: int, epochs: int,
-            rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches (x, y), shuffled anew each epoch, without a last batch of a single image."""
+            rng: torch.Generator) -> Iterator[tuple[Tensor]]:
+    """Yield batches (rows,), shuffled anew each epoch, without a last batch of a single image.
+
+    rows: (B,) int64, into the images; data.batch(rows) is (x, y)
+    """
     # Batch normalisation in training mode needs more than one value per channel, and at 32x32 the
     # last stage of the ResNets is 1x1.
     for _ in range(epochs):
         order = drawn(torch.randperm, len(data.indices), rng=rng, device=data.indices.device)
         for rows in data.indices[order].split(batch_size):
             if len(rows) > 1:
-                yield data.prepare(data.images[rows]), data.labels[rows]
+                yield (rows,)

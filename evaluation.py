@@ -17,7 +17,6 @@ from torch import Tensor
 
 import pictures
 import ranks
-from data import preparation
 from federation import Ending, Experiment
 from models import TEST_BATCH, State, collect_statistics, predict
 
@@ -30,7 +29,7 @@ def predicted_right(experiment: Experiment, in_use: Iterable[tuple[object, str, 
     in_use: client, architecture, key and weights of its model, one after the other, so that not
         all need be in memory.  Equal keys are equal models, and each distinct one predicts once
     """
-    images, prepare = experiment.data.x_train, preparation(experiment.statistics)
+    images, prepare = experiment.data.x_train, experiment.prepare
     participants = torch.cat([experiment.clients[k].indices for k in experiment.available])
 
     # The distinct models are dealt out to the processes of the run.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import graphs
 import pictures
 import ranks
 from data import (AUGMENTATION, INITIAL_WEIGHTS, PARTICIPANTS, SPEEDS, ClientData, Dataset,
@@ -131,7 +132,7 @@ def fill_in_flags(function: Callable, values: Mapping[str, Any]) -> Callable:
 # ------------------------------------------------------------------------------------------- a run
 
 class Experiment(NamedTuple):
-    """Everything that stays equal through a run, and spare, the scratch networks in reserve."""
+    """Everything that stays equal through a run, and the places where clients and server train."""
 
     settings: dict
     method: Method  # bound to the settings
@@ -143,9 +144,11 @@ class Experiment(NamedTuple):
     unseen: list[int]  # classes that dropout clients alone hold
     test_shares: list[Tensor]  # client -> indices of its test images
     statistics: tuple[Tensor, Tensor]  # mean and standard deviation of the training images
+    prepare: Callable[[Tensor], Tensor]  # uint8 images -> network input, by these statistics
     speeds: list[float]  # training images per unit of virtual time, per client
     networks: dict[str, Make]  # architecture -> its builder, small to large
-    spare: dict[str, list]  # architecture -> scratch networks and optimisers not in use
+    places: list[graphs.Place]  # those not in use; clients are trained there
+    server_place: graphs.Place
 
     def network(self, arch: str, weights: State) -> nn.Module:
         """Build a network of these weights, to predict with."""
@@ -172,7 +175,8 @@ def prepare_experiment(method: Method, settings: dict, split: Split) -> Experime
     return Experiment(
         settings, bound, split.data, clients, available, dropouts=split.dropouts, seen=split.seen,
         unseen=split.unseen, test_shares=split.test_shares, statistics=split.statistics,
-        speeds=speeds.tolist(), networks=networks, spare={arch: [] for arch in networks})
+        prepare=preparation(split.statistics), speeds=speeds.tolist(), networks=networks,
+        places=[], server_place=graphs.Place(split.data.x_train.device))
 
 
 def first_server(experiment: Experiment) -> dict:
@@ -251,16 +255,29 @@ def reset(model: nn.Module, optimizer: Optimizer, weights: State) -> None:
         tensor.zero_()
 
 
-def run_steps(step: Callable, batches: Iterable[tuple], *fixed: object) -> tuple[float, int]:
+def run_steps(step: Callable, model: nn.Module, optimizer: Optimizer, data: ClientData,
+              batches: Iterable[tuple], *fixed: object, **numbers: object) -> tuple[float, int]:
     """Run a method's step on every batch; return the sum of losses over samples, and their number.
 
-    step: (x, y, *others, *fixed) -> detached mean loss of the batch; one whole optimiser step
-    batches: (x, y, *others);  fixed: equal for all batches, such as the weights at the start
+    step: (model, optimizer, x, y, *others, *fixed, **numbers) -> detached mean loss of the batch;
+        one whole optimiser step.  On a GPU it is captured, see graphs.py for what it must not do
+    batches: (rows, *others), see data.batches;  (x, y) are the images and labels of the rows
+    fixed: nests of tensors and networks, equal for all batches, such as the weights at the start
     """
+    def on_rows(rows: Tensor, *others: object) -> Tensor:
+        return step(model, optimizer, *data.batch(rows), *others, **numbers)
+
+    # Augmentation draws numbers, so augmented images are made outside of the step.
+    if data.augmented:
+        on_rows = partial(step, model, optimizer, **numbers)
+        batches = ((*data.batch(rows), *others) for rows, *others in batches)
+    take = graphs.replayed(on_rows, model, optimizer, fixed=fixed, key=(step, *numbers.items()),
+                           in_place=(data.images, data.labels, data.prepare))
+
     loss_sum, samples = 0.0, 0
-    for x, y, *others in batches:
-        loss = step(x, y, *others, *fixed)
-        loss_sum, samples = loss_sum + loss * len(y), samples + len(y)
+    for first, *others in batches:
+        loss = take(first, *others)
+        loss_sum, samples = loss_sum + loss * len(first), samples + len(first)
     return float(loss_sum), samples
 
 
@@ -283,7 +300,9 @@ def train_clients(experiment: Experiment, update: Callable, tasks: Sequence[Task
     work = sorted((task for task in tasks if owner[task.client.id] == ranks.number()),
                   key=lambda task: cost[task.client.id], reverse=True)
 
-    pool = ThreadPoolExecutor(settings["workers"], initializer=torch.set_num_threads,
+    workers = min(settings["workers"], graphs.STREAMS - 1) if experiment.server_place.stream else (
+        settings["workers"])
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads,
                               initargs=(settings["threads"],))
     results = {}
     try:
@@ -304,24 +323,29 @@ def train_client(experiment: Experiment, update: Callable, task: Task) -> Result
 
     # The client's images and random streams
     stream = streams(settings["seed"], task.number, client.id)
-    prepare = preparation(experiment.statistics, settings["dataset"],
-                          stream(AUGMENTATION) if settings["augment"] else None)
-    client_data = ClientData(images, experiment.data.y_train, client.indices, prepare)
+    client_data = ClientData(images, experiment.data.y_train, client.indices, experiment.prepare)
+    if settings["augment"]:
+        client_data = client_data._replace(augmented=True, prepare=preparation(
+            experiment.statistics, settings["dataset"], stream(AUGMENTATION)))
 
     # A scratch network without meaningful weights; the client update loads them (reset).
     try:
-        model, optimizer = experiment.spare[client.arch].pop()
+        place = experiment.places.pop()
     except IndexError:
-        model, optimizer = scratch_network(
+        place = graphs.Place(images.device)
+    if client.arch not in place.networks:
+        place.networks[client.arch] = scratch_network(
             experiment.networks[client.arch], images.shape[1:], images.device,
             optimizer=settings["optimizer"], lr=settings["lr"],
             momentum=settings.get("momentum", 0.0), weight_decay=settings.get("weight_decay", 0.0))
+    model, optimizer = place.networks[client.arch]
 
     # autocast's cache would keep the weights of the first step for all others.
-    with torch.autocast(images.device.type, torch.bfloat16, settings["amp"], cache_enabled=False):
+    with place.entered(), torch.autocast(images.device.type, torch.bfloat16, settings["amp"],
+                                         cache_enabled=False):
         result = update(model, optimizer, task.received, client_data, stream, *task.kept)
     optimizer.zero_grad()  # frees the gradients while the network waits for its next client
-    experiment.spare[client.arch].append((model, optimizer))
+    experiment.places.append(place)
 
     if not (math.isfinite(result.loss) and all_finite((result.update, result.kept))):
         raise FloatingPointError(f"client {client.id}: the loss or a weight is no longer finite; "
@@ -331,7 +355,9 @@ def train_client(experiment: Experiment, update: Callable, task: Task) -> Result
 
 def train_server(experiment: Experiment, work: Callable[[], Any]) -> Any:
     """Do the server's training on the first process.  Raises FloatingPointError if it diverges."""
-    outcome = ranks.on_rank(0, work, experiment.settings["device"])
+    with experiment.server_place.entered():
+        outcome = ranks.on_rank(0, work, experiment.settings["device"])
+    experiment.server_place.forget()
     if not all_finite(outcome):
         raise FloatingPointError("the server's training: a weight is no longer finite")
     return outcome

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import graphs
 from baselines import (APFL_SETTING, FEDAVG, QUICK_APFL, SYNCHRONOUS, distillation_loss,
                        fedavg_init, fedavg_step, with_class_counts)
 from data import (BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, LATENT, ClientData, Stream, batches,
                   drawn)
 from federation import Client, LabelledUpdate, Result, Update, reset, run_steps
 from generator import class_weights, classification_loss
-from models import State, copy_state, drawing_from, load_network
+from models import State, adam, copy_state, drawing_from, load_network
 
 NOISE_DIM, HIDDEN = 64, 512  # sizes of the generator; the paper has none for this CNN
 LATENT_LR, LATENT_WEIGHT_DECAY = 3e-4, 1e-2  # Adam's, in the released code for MNIST
@@ -103,10 +104,14 @@ def train_latent_generator(generator: LatentGenerator, optimizer_state: dict | N
     optimizer_state: returned after the round before, or None
     """
     # The optimiser resumes from a copy of its state, since it would change the given tensors.
-    optimizer = torch.optim.Adam(generator.parameters(), lr=lr, weight_decay=LATENT_WEIGHT_DECAY)
+    optimizer = adam(generator, lr, weight_decay=LATENT_WEIGHT_DECAY)
     if optimizer_state is not None:
+        own = {name: optimizer.param_groups[0][name] for name in ("lr", "capturable")}
         optimizer.load_state_dict(copy.deepcopy(optimizer_state))
-    optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0].update(own)
+    take = graphs.replayed(partial(latent_generator_step, generator, optimizer, heads=heads,
+                            weights=weights), generator, optimizer, in_place=(heads, weights),
+                    key=(latent_generator_step,))
 
     # Labels, of classes that a client holds, are drawn before noise, both from one stream.
     generator.train()
@@ -115,7 +120,7 @@ def train_latent_generator(generator: LatentGenerator, optimizer_state: dict | N
         labels = drawn(partial(torch.randint, len(classes)), (LATENT_BATCH,), rng=rng,
                        device=classes.device)
         z = latent_noise(LATENT_BATCH, rng, classes.device)
-        latent_generator_step(generator, optimizer, z, classes[labels], heads, weights)
+        take(z, classes[labels])
     generator.eval()
     return optimizer.state_dict()
 
@@ -143,23 +148,28 @@ def fedgen_download(server: dict, client: Client, stream: Stream) -> FedGenDownl
                           server["round"])
 
 
-def fedgen_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, latents: Tensor,
-                random_y: Tensor, weight: float | Tensor, *, batch_size: int) -> Tensor:
-    """One step on CE(x) + weight (L / batch_size CE(latents) + KL(q || p)); return detached CE(x).
+def fedgen_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, z: Tensor,
+                random_y: Tensor, generator: LatentGenerator, weights: Tensor) -> Tensor:
+    """One step on CE(x) + w_1 CE(latents) + w_2 KL(q || p); return detached CE(x).
 
-    latents: (L + B, width), of L random labels, random_y (L,), and of the batch's labels y (B,)
+    z: noise (L + B, d_z), for latents of L random labels, random_y (L,), and of y (B,)
+    generator: frozen, in evaluation mode;  weights: (2,), w_1 and w_2
     CE(latents) is the last layer's on the latents of random labels, p the prediction for an image,
     and q, detached, that for a latent of the image's class.
     """
+    # Latents
+    with torch.no_grad():
+        latents = generator(z, torch.cat([random_y, y]))
+
     # Cross entropy of the images
     logits = model(x)
     loss = F.cross_entropy(logits, y)
 
-    # Terms by generated latents; L / batch_size is from the released code.
+    # Terms by latents
     synthetic, like_y = model.classifier.fc(latents).split([len(random_y), len(y)])
     matching = distillation_loss(logits, like_y.detach())
-    objective = (loss + len(random_y) / batch_size * weight * F.cross_entropy(synthetic, random_y)
-                 + weight * matching)
+    objective = (loss + weights[0] * F.cross_entropy(synthetic, random_y)
+                 + weights[1] * matching)
     optimizer.zero_grad()
     objective.backward()
     optimizer.step()
@@ -171,30 +181,27 @@ def fedgen_client_update(model: nn.Module, optimizer: Optimizer, received: FedGe
                          batch_size: int) -> Result:
     """FedAvg's update with terms by generated latents (Algorithm 1); in round 1 it is FedAvg's."""
     reset(model, optimizer, received.weights)
-    images = batches(data, batch_size, local_epochs, stream(BATCHES))
+    rows = batches(data, batch_size, local_epochs, stream(BATCHES))
     if received.generator is None:
-        loss, samples = run_steps(partial(fedavg_step, model, optimizer), images)
+        loss, samples = run_steps(fedavg_step, model, optimizer, data, rows)
     else:
+        # The first weight's factor is from the released code.
         weight = max(MINIMUM_WEIGHT, WEIGHT * DECAY**received.round)
+        weights = torch.tensor([LATENT_BATCH / batch_size * weight, weight])
         loss, samples = run_steps(
-            partial(fedgen_step, model, optimizer, batch_size=batch_size),
-            with_latents(images, received.generator, received.classes, stream(LATENT)), weight)
+            fedgen_step, model, optimizer, data,
+            with_noise(rows, received.classes, stream(LATENT)),
+            load_latent_generator(received.generator), weights.to(data.images.device))
     result = Result(Update(copy_state(model), len(data.indices)), loss, samples)
     return with_class_counts(result, data)
 
 
-def with_latents(images: Iterator, generator: State, classes: Tensor,
-                 rng: torch.Generator) -> Iterator[tuple]:
-    """Batches (x, y, latents, random_y): generated latents to go with (x, y); see fedgen_step."""
-    network = load_latent_generator(generator)
-    for x, y in images:
+def with_noise(batches: Iterator, classes: Tensor, rng: torch.Generator) -> Iterator[tuple]:
+    """Batches (rows, z, random_y): noise and random labels for latents; see fedgen_step."""
+    for (rows,) in batches:
         labels = drawn(partial(torch.randint, len(classes)), (LATENT_BATCH,), rng=rng,
-                       device=y.device)
-        random_y = classes[labels]
-        wanted = torch.cat([random_y, y])
-        with torch.no_grad():
-            latents = network(latent_noise(len(wanted), rng, y.device), wanted)
-        yield x, y, latents, random_y
+                       device=rows.device)
+        yield rows, latent_noise(LATENT_BATCH + len(rows), rng, rows.device), classes[labels]
 
 
 def fedgen_distil(server: dict, updates: Mapping[int, LabelledUpdate], network: Callable,

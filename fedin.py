@@ -20,7 +20,6 @@ FedIN without IN training is FedProx under the same average (Table 2b and Table 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from itertools import cycle
 from typing import NamedTuple
 
@@ -179,18 +178,18 @@ def fedin_client_update(model: nn.Module, optimizer: Optimizer, received: Downlo
     feature_batch_size, feature_batches: rows of a batch of features, and batches that are sent
     Without noise, and without features to learn from as in round 1, this is FedProx.
     """
-    # A step, and batches with what it needs besides (x, y)
+    # A step, its numbers, and batches with what it needs besides (x, y)
     reset(model, optimizer, received.weights)
-    start, images = copy_parameters(model), batches(data, batch_size, local_epochs, stream(BATCHES))
+    rows = batches(data, batch_size, local_epochs, stream(BATCHES))
     level = {"features": noise, "upload": 0.0}[noise_on]
     pairs = feature_pairs(received.features, feature_batch_size)
     if pairs or level:
-        step = partial(fedin_step, model, optimizer, mu=mu, noise=level, projection=projection)
+        step, numbers = fedin_step, {"mu": mu, "noise": level, "projection": projection}
         shapes = feature_shapes(model, data.images) if level else None
-        images = with_features(images, pairs, shapes, stream(NOISE))
+        rows = with_features(rows, pairs, shapes, stream(NOISE))
     else:
-        step = partial(fedprox_step, model, optimizer, mu=mu)
-    loss, samples = run_steps(step, images, start)
+        step, numbers = fedprox_step, {"mu": mu}
+    loss, samples = run_steps(step, model, optimizer, data, rows, copy_parameters(model), **numbers)
 
     # The upload
     weights, features = copy_state(model), None
@@ -219,16 +218,16 @@ def feature_shapes(model: nn.Module, images: Tensor) -> Features:
     return shapes
 
 
-def with_features(images: Iterator, pairs: list[Features], shapes: Features | None,
+def with_features(batches: Iterator, pairs: list[Features], shapes: Features | None,
                   rng: torch.Generator) -> Iterator[tuple]:
-    """Batches (x, y, features, z): a batch of pairs in turn, and noise unless shapes is None."""
+    """Batches (rows, features, z): a batch of pairs in turn, and noise unless shapes is None."""
     turns = cycle(pairs or [None])
-    for x, y in images:
+    for (rows,) in batches:
         z = None
         if shapes is not None:
-            z = tuple(drawn(torch.randn, len(x), *s.shape[1:], rng=rng, device=x.device)
+            z = tuple(drawn(torch.randn, len(rows), *s.shape[1:], rng=rng, device=rows.device)
                       for s in shapes)
-        yield x, y, next(turns), z
+        yield rows, next(turns), z
 
 
 @torch.no_grad()

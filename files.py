@@ -9,6 +9,7 @@ import platform
 import re
 import shlex
 import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -311,6 +312,19 @@ def summarise(history: list[dict], totals: dict) -> dict:
             "images_per_second": round(totals["samples"] / totals["training_seconds"], 1)}
 
 
+def peak_memory(device: str) -> dict[str, float]:
+    """Largest memory so far, in 10^6 bytes, of this process and of torch on its GPU."""
+    peak = {}
+    with suppress(ImportError):  # Windows
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    if torch.device(device).type == "cuda":
+        peak["gpu_memory_mb"] = torch.cuda.max_memory_reserved(device) / 1e6
+    return {name: round(value, 1) for name, value in peak.items()}
+
+
 # ------------------------------------------------------------------------------------- end of a run
 
 @contextmanager
@@ -348,6 +362,9 @@ def describe_ending(out: Path | None, error: BaseException, speaks: bool) -> tup
         return f"stopped; {resume}" if out else "stopped before the first round", 130
     if isinstance(error, (OSError, ValueError)) and not out:
         return str(error), 2
+    if isinstance(error, torch.OutOfMemoryError):
+        return (f"the GPU's memory is full; fewer --workers or a smaller --batch-size need less: "
+                f"give them and {resume}" if out else "the GPU's memory is full"), 2
     if isinstance(error, OSError):
         return f"{first_line(error)[:120]}; mend that, then {resume} (from the last checkpoint)", 2
 

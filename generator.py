@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import graphs
 from data import drawn
-from models import drawing_from
+from models import adam, drawing_from
 
 NOISE_DIM = 20  # d_z, the best value in the paper's Fig. 5
 WIDTHS = (128, 64)  # channels of the convolutions, as in Fang et al.
@@ -192,7 +193,7 @@ def train_generator(generator: SemanticGenerator, teachers: Sequence[nn.Module],
     for teacher in teachers:
         teacher.eval().requires_grad_(False)
     generator.train()
-    optimizer = torch.optim.Adam(generator.parameters(), lr=lr, fused=True)
+    optimizer = adam(generator, lr, fused=True)
 
     # Labels of the slices, and the samples that count per teacher
     judged = weights.sum(dim=0).nonzero().flatten()
@@ -201,12 +202,16 @@ def train_generator(generator: SemanticGenerator, teachers: Sequence[nn.Module],
     rows = {size: counting_rows(y.flatten(), weights) for size, y in labels.items()}
 
     # Steps, each with noise of its own
-    for _ in range(generator_steps):
-        noise = [drawn(torch.randn, labels[size].numel(), generator.noise_dim, rng=rng,
-                       device=weights.device) for size in sizes]
+    def step(*noise: Tensor) -> Tensor:
         slices = [Slice(z, labels[size], rows[size]) for z, size in zip(noise, sizes)]
-        losses = generator_step(generator, optimizer, teachers, weights, slices, balance=balance,
-                                distance=distance)
+        return generator_step(generator, optimizer, teachers, weights, slices, balance=balance,
+                              distance=distance)
+
+    take = graphs.replayed(step, generator, optimizer, in_place=(teachers, weights, labels, rows),
+                    key=(generator_step, balance, distance))
+    for _ in range(generator_steps):
+        losses = take(*(drawn(torch.randn, labels[size].numel(), generator.noise_dim, rng=rng,
+                              device=weights.device) for size in sizes))
         if report is not None:
             report(losses)
     generator.eval()

@@ -344,6 +344,8 @@ def result_text(result: Mapping) -> str:
         lines.append("whole network: {full_accuracy}")
     lines.append("{seconds:.0f} s, {images_per_second:.0f} training images per second, "
                  "{upload_mb:.1f} MB uploaded, {download_mb:.1f} MB downloaded")
+    for name, place in {"memory_mb": "memory", "gpu_memory_mb": "the GPU's memory"}.items():
+        lines[-1] += f", {{{name}:.0f}} MB of {place}" if name in result else ""
 
     # Accuracies in percent; clients without test images have none on their shares
     percent = {name: "-" if value is None else f"{value:.2f} %"

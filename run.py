@@ -28,6 +28,7 @@ import data
 import fedgen
 import fedin
 import files
+import graphs
 import models
 import partitions
 import pictures
@@ -136,9 +137,11 @@ def parser() -> argparse.ArgumentParser:
     add = top.add_argument_group("machine and files").add_argument
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     add("--workers", type=number(int, 1, 1024), help="clients trained at a time (default: number "
-        "of cores, on a GPU 1, at most the clients per round)")
+        f"of cores, on a GPU {graphs.WORKERS}, at most the clients per round)")
     add("--threads", type=number(int, 1, 1024), help="intra-op threads per worker (default: 1)")
     add("--amp", action="store_true", help="train clients in bfloat16; weights stay float32")
+    add("--no-graphs", action="store_true", help="on a GPU, run training steps kernel by kernel, "
+        "not as CUDA graphs")
     add("--out", metavar="DIR", help="folder of the run (default: runs/METHOD-DATASET-SEED)")
     add("--resume", action="store_true", help="resume the run in --out")
     add("--checkpoint-every", type=number(int, 1), help="rounds between checkpoints (default: 1)")
@@ -187,8 +190,9 @@ def resolve(typed: dict) -> dict:
     check_combination(settings, METHODS)
     settings["device"] = str(ranks.find_device(settings["device"]))
     if settings["workers"] is None:
-        cores = ranks.share_of_cores(num_cores()) if settings["device"] == "cpu" else 1
-        settings["workers"] = min(cores, num_participants(settings))
+        most = (ranks.share_of_cores(num_cores()) if settings["device"] == "cpu"
+                else graphs.default_workers(settings["device"]))
+        settings["workers"] = min(most, num_participants(settings))
     return settings
 
 
@@ -228,6 +232,7 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
     """
     typed = read_command_line(argv)
     resume, out = typed.pop("resume", False), typed.pop("out", None)
+    graphs.enabled = not typed.pop("no_graphs", False)
     if out is None:
         dataset = Path(typed.get("dataset", "digits")).stem
         out = f"runs/{typed.get('method', 'fedin')}-{dataset}-{typed.get('seed', 0)}"
@@ -237,6 +242,8 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
     torch.set_num_threads(num_cores())
     settings, split, progress, history = ranks.on_rank(0, partial(read_inputs, typed, out, resume))
     settings["device"] = ranks.own_device(settings["device"])
+    if settings["device"].startswith("cuda"):
+        graphs.make_deterministic()
     split, progress = models.on_device((split, progress), settings["device"])
     experiment = prepare_experiment(METHODS[settings["method"]], settings, split)
 
@@ -446,6 +453,7 @@ def train(experiment: Experiment, progress: Progress, history: list[dict], out: 
     # Results
     drawings["curves.png"] = partial(pictures.draw_curves, history=history, title=title)
     result = files.summarise(history, totals | {"seconds": time.perf_counter() - started})
+    result |= files.peak_memory(experiment.settings["device"])
     files.write_json(out / "result.json", result)
     for name, draw in drawings.items():
         files.write(out / name, draw)

@@ -287,8 +287,9 @@ def heterofl_client_update(model: nn.Module, optimizer: Optimizer, received: Sta
     absent[classes] = False
 
     # Training
-    loss, samples = run_steps(partial(heterofl_step, model, optimizer, clip=CLIP),
-                              batches(data, batch_size, local_epochs, stream(BATCHES)), absent)
+    loss, samples = run_steps(heterofl_step, model, optimizer, data,
+                              batches(data, batch_size, local_epochs, stream(BATCHES)), absent,
+                              clip=CLIP)
     weights = {name: tensor[classes] if name.split(".")[-2] == "fc" else tensor
                for name, tensor in copy_state(model).items()}
     return Result(WidthUpdate(weights, len(data.indices), classes), loss, samples)
@@ -373,8 +374,9 @@ def scalefl_client_update(model: nn.Module, optimizer: Optimizer, received: Scal
     """Train all exits of the sub-model together; self_distillation: gamma, once it has begun."""
     reset(model, optimizer, received.weights)
     gamma = self_distillation if received.distils else 0.0
-    loss, samples = run_steps(partial(scalefl_step, model, optimizer, gamma=gamma),
-                              batches(data, batch_size, local_epochs, stream(BATCHES)))
+    loss, samples = run_steps(scalefl_step, model, optimizer, data,
+                              batches(data, batch_size, local_epochs, stream(BATCHES)),
+                              gamma=gamma)
     return Result(WidthUpdate(copy_state(model), len(data.indices), None), loss, samples)
 
 

@@ -31,9 +31,10 @@ import baselines
 import data
 import evaluation
 import files
+import graphs
 import models
 import run
-from federation import Experiment, first_server, train_clients
+from federation import Experiment, first_server, train_client, train_clients
 
 
 def row(title: str, *values: float | str) -> None:
@@ -234,8 +235,77 @@ def seconds_of_methods(folder: Path) -> None:
             row(f"{method} on {model}: s per round", seconds_of_last_round(out))
 
 
+# ----------------------------------------------------------------------------------------- on a GPU
+
+def on_gpu(folder: Path) -> None:
+    """Training steps as CUDA graphs against steps without, and deterministic against free ones."""
+    if not torch.cuda.is_available():
+        row("graphs", "there is no GPU here")
+        return
+    graphs.make_deterministic()
+    images = save_images(folder, 4000)
+    for arch, batch_size in (("cnn", 50), *((net, 16) for net in models.RESNET_BLOCKS)):
+        for method in ("fedavg", "fedin"):
+            steps_on_gpu(f"{method}, {arch}, batch {batch_size}", images, model=arch,
+                         method=method, batch_size=batch_size)
+
+    # Whole rounds, against one client at a time without graphs
+    images = save_images(folder, 50_000)
+    rounds_on_gpu("FedIN, paper's setting", images)
+    rounds_on_gpu("FedAvg, CNN, AP-FL's setting, one epoch", images, method="fedavg",
+                  setting="apfl", local_epochs=1)
+
+
+def switched(captured: bool, work, *arguments) -> None:
+    """Do work on the GPU with graphs or without, to its end."""
+    with patch.object(graphs, "enabled", captured):
+        work(*arguments)
+    torch.cuda.synchronize()
+
+
+def steps_on_gpu(title: str, images: Path, **typed) -> None:
+    """Milliseconds per step, of 125 or more steps of a client."""
+    epochs = 8 if typed["batch_size"] == 50 else 2
+    experiment, server = experiment_on(images, clients=4, participation=1.0, partition="iid",
+                                       local_epochs=epochs, device="cuda", **typed)
+    server = models.on_device(server, "cuda")
+    server, memory, _ = run.train_round(experiment, 1, server, {})
+    (task,) = run.make_tasks(experiment, 2, server, memory, [0])
+    steps = data.num_steps(len(task.client.indices), typed["batch_size"], epochs)
+
+    def train(places: list) -> None:
+        train_client(experiment._replace(places=places), experiment.method.client_update, task)
+
+    ours, plain, ratio = compare(partial(switched, True, train, []),
+                                 partial(switched, False, train, []))
+    row(f"{title}; without graphs: ms per step", 1e3 * ours / steps, 1e3 * plain / steps, ratio)
+    free = partial(switched, True, train, [])
+
+    def undetermined() -> None:
+        torch.use_deterministic_algorithms(False)
+        free()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+    undetermined_ms, ours, ratio = compare(undetermined, partial(switched, True, train, []))
+    row(f"{title}, free; deterministic: ms per step", 1e3 * undetermined_ms / steps,
+        1e3 * ours / steps, ratio)
+
+
+def rounds_on_gpu(title: str, images: Path, **typed) -> None:
+    """Seconds per round with the default flags, and with one worker without graphs; memory."""
+    experiment, server = experiment_on(images, device="cuda", **typed)
+    server, memory, _ = run.train_round(experiment, 1, models.on_device(server, "cuda"), {})
+    alone = experiment._replace(places=[], settings=experiment.settings | {"workers": 1})
+    torch.cuda.reset_peak_memory_stats()
+    ours = partial(switched, True, run.train_round, experiment, 2, server, memory)
+    ours()
+    row(f"{title}: MB on the GPU", torch.cuda.max_memory_reserved() / 1e6)
+    row(f"{title}; one worker without graphs: s per round", *compare(
+        ours, partial(switched, False, run.train_round, alone, 2, server, memory), repeats=2))
+
+
 PARTS = {"starting": starting, "update": update, "round": rounds, "ranks": process_counts,
-         "clients": client_counts, "methods": seconds_of_methods}
+         "clients": client_counts, "methods": seconds_of_methods, "gpu": on_gpu}
 
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {run.num_cores()} cores\n")

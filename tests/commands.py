@@ -14,6 +14,7 @@ import apfl
 import data
 import federation
 import generator
+import models
 import partitions
 import run
 
@@ -66,7 +67,7 @@ def experiment_of(settings: dict) -> federation.Experiment:
     if settings.get("classes_per_client", 0) is None:
         settings = settings | {"classes_per_client": partitions.classes_each(
             len(loaded.classes), settings["missing_classes"])}
-    split = partitions.split_by_settings(loaded, settings)
+    split = models.on_device(partitions.split_by_settings(loaded, settings), settings["device"])
     return federation.prepare_experiment(run.METHODS[settings["method"]], settings, split)
 
 
@@ -89,10 +90,10 @@ def lines(out: Path) -> list[dict]:
 
 
 def result(out: Path) -> dict:
-    """Content of result.json, without timings."""
+    """Content of result.json, without timings and memory."""
     written = json.loads((out / "result.json").read_text())
     return {name: value for name, value in written.items()
-            if name not in ("seconds", "images_per_second")}
+            if name not in ("seconds", "images_per_second", "memory_mb")}
 
 
 def config(out: Path) -> dict:

@@ -1,11 +1,16 @@
 """Fixtures of all tests."""
 
 import os
+import sys
 from pathlib import Path
 
 # One core, for children too: on networks this small, further threads would only wait.
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+# No GPU either, for tests compare bits of CPUs, but for test_gpu.py, which runs alone.
+if not any("test_gpu" in argument for argument in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 from commands import go

@@ -47,15 +47,18 @@ def test_a_step_descends_cross_entropy_and_the_term_of_its_method(step, tensors,
 
 
 def test_a_step_of_moon_descends_cross_entropy_and_the_contrastive_loss():
+    frozen = [tiny_net(seed).double() for seed in (5, 8)]
+
     def objective(net):
         features = net.intermediate(net.extractor(X))
         z, loss = features.flatten(1), entropy(net.classifier(features), Y)
-        near, far = (((z * other).sum(1) / (z.norm(dim=1) * other.norm(dim=1)) / TAU).exp()
-                     for other in Z)
+        others = [other.intermediate(other.extractor(X)).flatten(1).detach() for other in frozen]
+        unit = [v / v.norm(dim=1, keepdim=True).clamp(min=1e-8) for v in (z, *others)]
+        near, far = (((unit[0] * other).sum(1) / TAU).exp() for other in unit[1:])
         return loss - MU * (near / (near + far)).log().mean(), loss
 
     step = partial(baselines.moon_step, mu=MU, temperature=TAU)
-    check_step(step, tiny_net(1).double(), objective, X, Y, *Z)
+    check_step(step, tiny_net(1).double(), objective, X, Y, *frozen)
 
 
 @pytest.mark.parametrize("temperature, clip", [(1.0, 5.0), (2.0, 0.01)])
@@ -76,12 +79,6 @@ def plain_step(model, optimizer, x, y):
     return loss
 
 
-def representations(x, y) -> list:
-    """Input of the last layer for images x, by the models of seeds 5 and 8."""
-    nets = tiny_net(5).eval(), tiny_net(8).eval()
-    return [net.intermediate(net.extractor(x)).flatten(1).detach() for net in nets]
-
-
 ZERO = baselines.scaffold_init({"tiny": weights()})
 
 
@@ -93,7 +90,8 @@ ZERO = baselines.scaffold_init({"tiny": weights()})
      partial(baselines.scaffold_step, lr=0.02),
      lambda x, y: [{name: c - weights(7)[name] for name, c in weights(6).items()}]),
     (partial(baselines.moon_client_update, mu=MU), weights(), [weights(8)],
-     partial(baselines.moon_step, mu=MU, temperature=0.5), representations),
+     partial(baselines.moon_step, mu=MU, temperature=0.5),
+     lambda x, y: [tiny_net(5).eval(), tiny_net(8).eval()]),
     # Switched off, or in round 1, the others are FedAvg.
     *((update, received, kept, plain_step, lambda x, y: ()) for update, received, *kept in (
         (baselines.fedavg_client_update, weights()), (baselines.fednova_client_update, weights()),

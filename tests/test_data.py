@@ -445,7 +445,9 @@ def client(rows: torch.Tensor) -> data.ClientData:
 
 def epochs_of(rows: torch.Tensor, batch_size: int, epochs: int, seed: int = 0) -> list:
     """Images of each epoch, batch by batch, after a check of their preparation and labels."""
-    drawn = list(data.batches(client(rows), batch_size, epochs, torch_rng(seed)))
+    images = client(rows)
+    drawn = [images.batch(chosen) for (chosen,) in data.batches(images, batch_size, epochs,
+                                                                 torch_rng(seed))]
     assert len(drawn) == data.num_steps(len(rows), batch_size, epochs)
     shown = [(2 * x[:, 0, 0, 0]).long().tolist() for x, _ in drawn]
     assert [y.tolist() for _, y in drawn] == [[3 * number for number in batch] for batch in shown]

@@ -34,17 +34,21 @@ def test_flags_fill_the_keywords_of_their_names_and_nothing_else():
 
 
 def test_run_steps_is_the_loop_over_batches_written_out():
-    seen = []
+    images, seen = tiny_data(), []
 
-    def step(x, y, *tensors):
-        seen.append((x, *tensors))
-        return torch.tensor(float(x))
+    def step(*arguments, mu):
+        seen.append(arguments)
+        return torch.tensor(mu * len(seen))
 
-    batches = [(2.0, [0, 1], "a"), (5.0, [0, 1, 2], "b")]
-    loss, samples = federation.run_steps(step, batches, "start", "more")
-    assert (loss, samples) == (2 * 2 + 5 * 3, 5) and isinstance(loss, float)
-    assert seen == [(2.0, "a", "start", "more"), (5.0, "b", "start", "more")]
-    assert federation.run_steps(step, []) == (0.0, 0)
+    batches = [(torch.tensor([4, 0]), "a"), (torch.tensor([2, 8, 6]), "b")]
+    loss, samples = federation.run_steps(step, "net", "adam", images, batches, "start", "more",
+                                         mu=3.0)
+    assert (loss, samples) == (3 * 2 + 6 * 3, 5) and isinstance(loss, float)
+    for (rows, other), (*scratch, x, y, first, second, third) in zip(batches, seen, strict=True):
+        assert (*scratch, first, second, third) == ("net", "adam", other, "start", "more")
+        assert torch.equal(x, images.images[rows] / 255 - 0.5)
+        assert torch.equal(y, images.labels[rows])
+    assert federation.run_steps(step, "net", "adam", images, []) == (0.0, 0)
 
 
 @pytest.mark.parametrize("scratch", [adam, sgd, partial(sgd, momentum=0.9)])
@@ -65,7 +69,7 @@ def test_each_client_trains_on_its_own_images_and_streams(workers):
     experiment, received = tiny_experiment(workers=workers, batch_size=4), weights()
     tasks = [Task(client, 7, received) for client in experiment.clients]
     results = federation.train_clients(experiment, experiment.method.client_update, tasks)
-    assert list(results) == [0, 1, 2] and 1 <= len(experiment.spare["tiny"]) <= workers
+    assert list(results) == [0, 1, 2] and 1 <= len(experiment.places) <= workers
     mean, deviation = experiment.statistics
     for k, client in enumerate(experiment.clients):
         images = data.ClientData(experiment.data.x_train, experiment.data.y_train, client.indices,
@@ -75,7 +79,8 @@ def test_each_client_trains_on_its_own_images_and_streams(workers):
             local_epochs=2, batch_size=4)
         torch.testing.assert_close(results[k].update.weights, alone.update.weights)
         assert results[k].loss == pytest.approx(alone.loss)
-    assert all(w.grad is None for model, _ in experiment.spare["tiny"] for w in model.parameters())
+    assert all(weight.grad is None for place in experiment.places
+               for weight in place.networks["tiny"][0].parameters())
     assert federation.train_clients(experiment, experiment.method.client_update, []) == {}
 
 

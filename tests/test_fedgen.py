@@ -4,7 +4,6 @@ A client's whole update is written out in test_references.py.
 """
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -82,16 +81,18 @@ def test_training_resumes_adam_with_labels_of_held_classes():
 @pytest.mark.parametrize("weight", [0.0, 0.7])
 def test_a_step_of_a_client_descends_its_three_terms(weight):
     (x, y), random_y = double_batch(), torch.tensor([0, 2, 2, 0])
-    latents = torch.randn(4 + len(y), 6, generator=random(), dtype=torch.float64)
+    z = torch.rand(4 + len(y), 64, generator=random(), dtype=torch.float64)
+    generator = latent_generator().double()
+    latents = generator(z, torch.cat([random_y, y])).detach()
 
     def objective(net):
         logits, fc = net(x), net.classifier.fc
-        loss, synthetic = entropy(logits, y), 4 / 10 * entropy(fc(latents[:4]), random_y)
+        loss, synthetic = entropy(logits, y), 0.4 * entropy(fc(latents[:4]), random_y)
         matching = divergence(fc(latents[4:]).detach(), logits)
         return loss + weight * (synthetic + matching), loss
 
-    check_step(partial(fedgen.fedgen_step, batch_size=10), tiny_net(1).double(), objective, x, y,
-               latents, random_y, weight)
+    check_step(fedgen.fedgen_step, tiny_net(1).double(), objective, x, y, z, random_y, generator,
+               weight * torch.tensor([0.4, 1.0], dtype=torch.float64))
 
 
 def test_without_a_generator_or_weight_fedgen_is_fedavg_and_counts_classes():
@@ -100,8 +101,9 @@ def test_without_a_generator_or_weight_fedgen_is_fedavg_and_counts_classes():
     result = fedgen.fedgen_client_update(*adam(), received, tiny_data(), stream, **EPOCHS)
     check_loop(result, baselines.fedavg_step, lambda x, y: (), weights())
     assert torch.equal(result.update.class_counts, tiny_data().labels[::2].bincount(minlength=3))
-    nothing = partial(fedgen.fedgen_step, batch_size=8, weight=0.0, random_y=HELD[[0, 1, 1, 0]])
-    check_loop(result, nothing, lambda x, y: (torch.ones(4 + len(y), 6),), weights())
+    others = HELD[[0, 1, 1, 0]], latent_generator(), torch.zeros(2)
+    check_loop(result, fedgen.fedgen_step, lambda x, y: (torch.ones(4 + len(y), 64), *others),
+               weights())
     check_purity(fedgen.fedgen_client_update, fedgen.FedGenDownload(
         weights(), models.copy_state(latent_generator()), HELD, 3))
 

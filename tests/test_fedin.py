@@ -189,8 +189,8 @@ def test_an_update_is_the_loop_of_its_step_written_out(noise, others, noise_on):
     # A last row alone is left out; the batches of features take turns.
     turns = cycle([[tensor[rows] for tensor in others] for rows in (slice(0, 8), slice(8, 16))]
                   if others else [None])
-    for x, y in data.batches(tiny_data(), 8, 2, stream(data.BATCHES)):
-        z = None
+    for (rows,) in data.batches(tiny_data(), 8, 2, stream(data.BATCHES)):
+        (x, y), z = tiny_data().batch(rows), None
         if noise > 0 and noise_on == "features":
             z = [torch.randn(len(x), *shape, generator=rng) for shape in ((4, 3, 3), (6, 1, 1))]
         loss = fedin.fedin_step(model, optimizer, x, y, next(turns), z, weights(), mu=MU,

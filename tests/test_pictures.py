@@ -152,20 +152,21 @@ def test_the_table_of_a_partition_has_a_row_per_client_and_says_what_is_missing(
 def test_the_result_is_told_with_all_kinds_of_accuracies():
     result = {"rounds": 2, "accuracy": 60.0, "best_accuracy": 41.0, "best_round": 1,
               "last10_accuracy": 40.5, "seconds": 3.2, "images_per_second": 99.6,
-              "upload_mb": 1.0, "download_mb": 2.0}
+              "upload_mb": 1.0, "download_mb": 2.0, "memory_mb": 411.6}
     assert pictures.result_text(result) == (
         "accuracy 60.00 % after 2 rounds (best 41.00 % in round 1, mean of the last ten "
         "evaluations 40.50 %)\n3 s, 100 training images per second, 1.0 MB uploaded, 2.0 MB "
-        "downloaded")
+        "downloaded, 412 MB of memory")
     text = pictures.result_text(result | {
         "global_accuracy": 40.0, "friend_accuracy": 7.0, "friend_personal_accuracy": None,
         "dropout_client_accuracy": 8.0, "dropout_client_personal_accuracy": 9.0,
         "seen_accuracy": 1.0, "unseen_accuracy": 2.0, "harmonic_accuracy": 1.5,
-        "full_accuracy": 3.0})
+        "full_accuracy": 3.0, "gpu_memory_mb": 7.7})
     for part in ("friend models: 7.00 % of the whole test set, - of their own test shares",
                  "dropout clients' client models: 8.00 % of the whole test set, 9.00 %",
                  "2.00 % of the unseen ones, harmonic mean 1.50 %", "whole network: 3.00 %",
-                 "accuracy 60.00 %; global model 40.00 % after 2 rounds"):
+                 "accuracy 60.00 %; global model 40.00 % after 2 rounds",
+                 "412 MB of memory, 8 MB of the GPU's memory"):
         assert part in text
 
 

@@ -114,7 +114,9 @@ def check_loop(result: federation.Result, step: Callable, tensors: Callable, sta
     """
     (model, optimizer), total = scratch(), 0.0
     model.load_state_dict(start)
-    for x, y in data.batches(tiny_data(), 8, 2, stream(data.BATCHES)):
+    images = tiny_data()
+    for (rows,) in data.batches(images, 8, 2, stream(data.BATCHES)):
+        x, y = images.batch(rows)
         total += step(model, optimizer, x, y, *tensors(x, y)).item() * len(y)
     assert same(result.update.weights, model.state_dict()) and result.update.num_samples == 20
     assert abs(result.loss - total) < 1e-5 * total and result.samples == 40
