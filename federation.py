@@ -13,7 +13,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -271,8 +271,9 @@ def run_steps(step: Callable, model: nn.Module, optimizer: Optimizer, data: Clie
     if data.augmented:
         on_rows = partial(step, model, optimizer, **numbers)
         batches = ((*data.batch(rows), *others) for rows, *others in batches)
+    reads = () if data.augmented else (data.images, data.labels, data.prepare)
     take = graphs.replayed(on_rows, model, optimizer, fixed=fixed, key=(step, *numbers.items()),
-                           in_place=(data.images, data.labels, data.prepare))
+                           reads=reads)
 
     loss_sum, samples = 0.0, 0
     for first, *others in batches:
@@ -300,21 +301,26 @@ def train_clients(experiment: Experiment, update: Callable, tasks: Sequence[Task
     work = sorted((task for task in tasks if owner[task.client.id] == ranks.number()),
                   key=lambda task: cost[task.client.id], reverse=True)
 
-    workers = min(settings["workers"], graphs.STREAMS - 1) if experiment.server_place.stream else (
-        settings["workers"])
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads,
-                              initargs=(settings["threads"],))
-    results = {}
+    pool, results = worker_threads(settings["workers"], settings["threads"]), {}
+    futures = {task.client.id: pool.submit(train_client, experiment, update, task)
+               for task in work}
     try:
-        futures = {task.client.id: pool.submit(train_client, experiment, update, task)
-                   for task in work}
         for k in (pictures.progress_bar(ids, title, "client") if title and ids else ids):
             with error_context(title), error_context(f"client {k}"):
                 results[k] = ranks.on_rank(owner[k], futures[k].result if k in futures else None,
                                            settings["device"])
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for clients
+        for future in futures.values():  # those that have not begun, after an error or Ctrl-C
+            future.cancel()
     return results
+
+
+@cache
+def worker_threads(workers: int, threads: int) -> ThreadPoolExecutor:
+    """Worker threads of this process, each with intra-op threads of its own."""
+    # They last, since on a GPU a thread holds what its graphs need.
+    return ThreadPoolExecutor(min(workers, graphs.STREAMS - 1),
+                              initializer=torch.set_num_threads, initargs=(threads,))
 
 
 def train_client(experiment: Experiment, update: Callable, task: Task) -> Result:

@@ -110,7 +110,7 @@ def train_latent_generator(generator: LatentGenerator, optimizer_state: dict | N
         optimizer.load_state_dict(copy.deepcopy(optimizer_state))
         optimizer.param_groups[0].update(own)
     take = graphs.replayed(partial(latent_generator_step, generator, optimizer, heads=heads,
-                            weights=weights), generator, optimizer, in_place=(heads, weights),
+                            weights=weights), generator, optimizer, reads=(heads, weights),
                     key=(latent_generator_step,))
 
     # Labels, of classes that a client holds, are drawn before noise, both from one stream.

@@ -363,8 +363,8 @@ def describe_ending(out: Path | None, error: BaseException, speaks: bool) -> tup
     if isinstance(error, (OSError, ValueError)) and not out:
         return str(error), 2
     if isinstance(error, torch.OutOfMemoryError):
-        return (f"the GPU's memory is full; fewer --workers or a smaller --batch-size need less: "
-                f"give them and {resume}" if out else "the GPU's memory is full"), 2
+        fewer = f", or {resume} --workers 1" if out else ""
+        return f"the GPU's memory is full: start a new run with a smaller --batch-size{fewer}", 2
     if isinstance(error, OSError):
         return f"{first_line(error)[:120]}; mend that, then {resume} (from the last checkpoint)", 2
 

@@ -207,7 +207,7 @@ def train_generator(generator: SemanticGenerator, teachers: Sequence[nn.Module],
         return generator_step(generator, optimizer, teachers, weights, slices, balance=balance,
                               distance=distance)
 
-    take = graphs.replayed(step, generator, optimizer, in_place=(teachers, weights, labels, rows),
+    take = graphs.replayed(step, generator, optimizer, reads=(teachers, weights, labels, rows),
                     key=(generator_step, balance, distance))
     for _ in range(generator_steps):
         losses = take(*(drawn(torch.randn, labels[size].numel(), generator.noise_dim, rng=rng,

@@ -188,6 +188,19 @@ def test_an_unforeseen_error_in_a_client_is_one_line_and_a_log(tmp_path, capsys,
         assert (out / "checkpoint.pt").read_bytes() == kept
 
 
+def test_a_gpu_that_is_too_small_is_one_line_with_a_remedy(tmp_path, capsys, monkeypatch):
+    def client_update(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    usual = run.METHODS["fedavg"]
+    monkeypatch.setitem(run.METHODS, "fedavg", usual._replace(client_update=client_update))
+    message = refused(capsys, *FEDAVG, "--out", str(tmp_path / "run"))
+    out = tmp_path / "run"
+    assert "the GPU's memory is full: start a new run with a smaller --batch-size" in message
+    assert message.endswith(f"or resume with: python run.py --resume --out {out} --workers 1\n")
+    assert not (out / "error.log").exists()
+
+
 def test_a_loss_that_is_finite_but_absurd_is_a_warning(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(files, "loss_is_absurd", lambda history: history[-1]["round"] == 2)
     go(tmp_path, *FEDAVG, "--rounds", "3")
