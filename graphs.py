@@ -136,7 +136,7 @@ def replayed(step: Callable, model: nn.Module, optimizer: Optimizer, *, fixed: t
     if place is None or not place.uses_graphs or key[0] in _uncapturable:
         return lambda *batch: step(*batch, *fixed)
 
-    # What all graphs of this step share
+    # Things that all graphs of this step share
     if [*map(id, reads)] != [*map(id, place.reads)]:
         place.forget()
         place.reads = reads
