@@ -133,6 +133,20 @@ def versions() -> dict[str, str]:
             "torchvision": version("torchvision")}
 
 
+def has_run(out: Path) -> bool:
+    """Whether a run has begun in a folder."""
+    return (out / "config.json").exists()
+
+
+def finished_result(out: Path, settings: Mapping) -> dict | None:
+    """Content of result.json, None if the run has not ended; --rounds may have grown since."""
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        result = json.loads((out / "result.json").read_text())
+        if result["rounds"] == settings["rounds"]:
+            return result
+    return None
+
+
 def read_config(out: Path) -> dict:
     """Settings of the run in a folder.  Raises ValueError if there is no run."""
     path = out / "config.json"
@@ -257,9 +271,16 @@ def replace_last_line(path: Path, entry: dict) -> None:
 def metrics_so_far(out: Path, progress: Progress, settings: dict) -> list[dict]:
     """Entries of metrics.jsonl as if the run had reached progress.round without a stop.
 
-    The file loses lines of later rounds, a torn line, and the line of a round that was evaluated
-    only because it was the last before --rounds grew.  Raises ValueError if an entry is missing.
+    The file loses all others: of later rounds, and of a round that was evaluated only because it
+    was the last before --rounds grew.
     """
+    history = rounds_so_far(out, progress, settings)
+    write_rounds(out, history)
+    return history
+
+
+def rounds_so_far(out: Path, progress: Progress, settings: dict) -> list[dict]:
+    """Entries of metrics.jsonl up to progress.round.  Raises ValueError if one is missing."""
     path, history = out / "metrics.jsonl", []
     content = path.read_bytes() if path.exists() else b""
     due = [t for t in range(1, progress.round + 1) if is_evaluated(t, settings)]
@@ -276,10 +297,14 @@ def metrics_so_far(out: Path, progress: Progress, settings: dict) -> list[dict]:
     # Stages after the last round write over its entry, so it comes from the checkpoint.
     if history and history[-1]["round"] == progress.last_metrics.get("round"):
         history[-1] = progress.last_metrics
-    restored = b"".join(map(json_line, history))
-    if restored != content:
-        write(path, lambda file: file.write(restored))
     return history
+
+
+def write_rounds(out: Path, history: Sequence[dict]) -> None:
+    """Have metrics.jsonl hold these entries alone."""
+    path, lines = out / "metrics.jsonl", b"".join(map(json_line, history))
+    if lines != (path.read_bytes() if path.exists() else b""):
+        write(path, lambda file: file.write(lines))
 
 
 def loss_is_absurd(history: Sequence[Mapping]) -> bool:

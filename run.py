@@ -39,8 +39,8 @@ from federation import (SPEED_SPREAD, Experiment, Method, Task, describe, draw_p
                         first_server, num_participants, prepare_experiment, traffic,
                         train_clients, train_server)
 from files import Progress
-from settings import (RECORDED, check_combination, command_line, implied_flags, num_cores,
-                      read_settings, typed_as)
+from settings import (AFTER_ROUNDS, RECORDED, check_combination, command_line, implied_flags,
+                      num_cores, read_settings, typed_as)
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -143,7 +143,10 @@ def parser() -> argparse.ArgumentParser:
     add("--no-graphs", action="store_true", help="on a GPU, run training steps kernel by kernel, "
         "not as CUDA graphs")
     add("--out", metavar="DIR", help="folder of the run (default: runs/METHOD-DATASET-SEED)")
-    add("--resume", action="store_true", help="resume the run in --out")
+    add("--resume", action="store_true", help="resume the run in --out; with other flags, begin it "
+        "if there is none; of a finished run, print the result")
+    add("--start-from", metavar="DIR", help="begin after the rounds of the finished run in DIR, "
+        "which may differ in flags of AP-FL's stages and --finetune-epochs alone")
     add("--checkpoint-every", type=number(int, 1), help="rounds between checkpoints (default: 1)")
 
     for title, module in {"data": partitions, "FedIN": fedin, "AP-FL": apfl, "ScaleFL": widths,
@@ -225,13 +228,14 @@ def settings_to_resume(out: Path, typed: dict) -> dict:
 
 # ------------------------------------------------------------------------------- set-up of a run
 
-def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Path]:
+def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Path] | None:
     """From the command line to an experiment, its progress and metrics so far, and its folder.
 
-    Raises ValueError or OSError if the user has to change something.
+    None: the run is finished.  Raises ValueError or OSError if the user has to change something.
     """
     typed = read_command_line(argv)
     resume, out = typed.pop("resume", False), typed.pop("out", None)
+    start_from = typed.pop("start_from", None)
     graphs.enabled = not typed.pop("no_graphs", False)
     if out is None:
         dataset = Path(typed.get("dataset", "digits")).stem
@@ -240,7 +244,10 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
 
     # Rank 0 reads for all ranks.  Equal bits need equal thread counts in all ranks.
     torch.set_num_threads(num_cores())
-    settings, split, progress, history = ranks.on_rank(0, partial(read_inputs, typed, out, resume))
+    inputs = ranks.on_rank(0, partial(read_inputs, typed, out, resume, start_from))
+    if inputs is None:
+        return None
+    settings, split, progress, history = inputs
     settings["device"] = ranks.own_device(settings["device"])
     if settings["device"].startswith("cuda"):
         graphs.make_deterministic()
@@ -250,22 +257,30 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
     print(describe(experiment, progress.server))
     if settings["setting"] != "quick" and settings["device"] == "cpu":
         print("on a CPU the papers' full settings take many hours; --setting quick is a small one")
-    print(f"output: {out}\n" + (f"resuming after round {progress.round}\n" if resume else ""),
-          flush=True)
+    begun = f"resuming after round {progress.round}\n" if progress.round else ""
+    print(f"output: {out}\n{begun}", flush=True)
     return experiment, progress, history, out
 
 
-def read_inputs(typed: dict, out: Path, resume: bool,
-                ) -> tuple[dict, partitions.Split, Progress, list[dict]]:
+def read_inputs(typed: dict, out: Path, resume: bool, start_from: str | None = None,
+                ) -> tuple[dict, partitions.Split, Progress, list[dict]] | None:
     """Claim the folder of a run, and read its files and data.
 
-    Returns settings, split data, progress and the lines of metrics.jsonl so far.
+    Returns settings, split data, progress and the lines of metrics.jsonl so far; None after the
+    result of a finished run.
     """
-    # Settings and folder
+    # Settings and folder.  A command that is typed in full begins the run that it would resume.
+    if resume and typed and not files.has_run(out):
+        resume = False
+        print(f"there is no run in {out} yet: it begins")
     settings = {} if resume else resolve(typed)
     files.claim(out, resume)
     if resume:
         settings = settings_to_resume(out, typed)
+        result = files.finished_result(out, settings)
+        if result is not None:
+            print(f"the run in {out} is finished\n{pictures.result_text(result)}")
+            return None
     settings |= {"versions": files.versions()}
 
     # Data, and defaults that need data or other settings
@@ -288,8 +303,38 @@ def read_inputs(typed: dict, out: Path, resume: bool,
     saved = files.load_checkpoint(out, "cpu")
     if saved is not None:
         progress = continue_from(out, saved, progress, experiment, typed)
+    elif start_from is not None:
+        progress = start_after(Path(start_from), out, progress, experiment, settings)
     files.write_json(out / "config.json", settings)
     return settings, split, progress, files.metrics_so_far(out, progress, settings)
+
+
+def start_after(folder: Path, out: Path, first: Progress, experiment: Experiment,
+                settings: dict) -> Progress:
+    """Progress after the rounds of a finished run, written to out; see --start-from.
+
+    Raises ValueError if that run is not finished, or differs in what its rounds depend on.
+    """
+    other = files.read_config(folder)
+    if files.finished_result(folder, other) is None:
+        raise ValueError(f"the run in {folder} is not finished: finish it by python run.py "
+                         f"--resume --out {files.quoted(folder)}, then repeat this command")
+    may_differ = {*AFTER_ROUNDS, *RECORDED, *files.MAY_CHANGE, "threads", "checkpoint_every"}
+    for name in sorted((settings.keys() | other.keys()) - (may_differ - {"rounds"})):
+        if settings.get(name) != other.get(name):
+            raise ValueError(f"{typed_as(name)} {settings.get(name)} differs from the "
+                             f"{other.get(name)} of the run in {folder}: its rounds are others")
+    if settings["digests"]["dataset"] != other["digests"]["dataset"]:
+        raise ValueError(f"--dataset {settings['dataset']} is not what the run in {folder} began "
+                         "with: its rounds are others")
+
+    # Its rounds, with the A(y) of this run, and without its stages
+    saved = files.load_checkpoint(folder, "cpu")._replace(stage_results={})
+    kept = {name: first.server[name] for name in ("semantics",) if name in first.server}
+    saved = continue_from(folder, saved._replace(server=saved.server | kept), first, experiment, {})
+    files.write_rounds(out, files.rounds_so_far(folder, saved, settings))
+    files.save_checkpoint(out, saved)
+    return saved
 
 
 def continue_from(out: Path, saved: Progress, first: Progress, experiment: Experiment,
@@ -300,7 +345,8 @@ def continue_from(out: Path, saved: Progress, first: Progress, experiment: Exper
     """
     # A(y) of AP-FL is no part of the rounds.
     if "semantics" in first.server:
-        saved = saved._replace(server={"semantics": first.server["semantics"], **saved.server})
+        own = saved.server.get("semantics", first.server["semantics"])
+        saved = saved._replace(server={**saved.server, "semantics": own})
     memory = experiment.method.initial_memory
     pattern = first._replace(memory={} if memory is None else {
         client.id: memory(first.server, client) for client in experiment.clients})
@@ -454,9 +500,9 @@ def train(experiment: Experiment, progress: Progress, history: list[dict], out: 
     drawings["curves.png"] = partial(pictures.draw_curves, history=history, title=title)
     result = files.summarise(history, totals | {"seconds": time.perf_counter() - started})
     result |= files.peak_memory(experiment.settings["device"])
-    files.write_json(out / "result.json", result)
     for name, draw in drawings.items():
         files.write(out / name, draw)
+    files.write_json(out / "result.json", result)  # last, since it tells that the run is finished
     if ranks.is_first():
         print(f"\n{pictures.result_text(result)}\nwritten to {out}: "
               + ", ".join(sorted({path.name for path in out.iterdir()} - {files.LOCK})))
@@ -467,8 +513,10 @@ def main(argv: list[str] | None = None) -> int:
     out = None  # until the run has begun
     try:
         ranks.join()
-        experiment, progress, history, out = set_up(argv)
-        train(experiment, progress, history, out)
+        begun = set_up(argv)
+        if begun is not None:
+            *_, out = begun
+            train(*begun)
         ranks.leave()
     except (Exception, KeyboardInterrupt) as error:
         speaks = ranks.is_speaker()

@@ -13,6 +13,10 @@ from fedin import ABLATIONS
 from semantics import ENCODERS
 
 RECORDED = ("versions", "input", "digests")  # entries of config.json that are no flags
+AFTER_ROUNDS = (  # flags that no round reads; see --start-from
+    "finetune_epochs", "beta", "beta_on", "lambda", "semantics", "word_vectors", "teacher",
+    "distance", "friend_labels", "noise_dim", "synthetic_per_class", "generator_steps",
+    "generator_batch", "friend_epochs")
 
 # Flag -> other flags.  A run reads it only if one of these has one of these values,
 ONLY_WITH = {

@@ -9,11 +9,13 @@ import torch
 from commands import (APFL, ASYNC, CNN, DROPOUT, FEW, config, go, lines, make_small,
                       participants, refused, result, start)
 from filelock import FileLock
+from tiny import alike
 
 import apfl
 import files
 import models
 import run
+from settings import AFTER_ROUNDS
 
 
 @pytest.fixture(autouse=True)
@@ -158,6 +160,64 @@ def test_a_finished_apfl_run_may_grow_and_finished_twice_is_equal(tmp_path, whol
     assert resumed_is(whole_apfl, tmp_path)
 
 
+def bytes_in(folder) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_command_with_resume_begins_resumes_and_tells_the_result(tmp_path, whole, capsys):
+    flags, entries, final = whole
+    out, repeated = tmp_path / "out", [*flags, "--resume"]
+    assert start(out, *repeated, killed_after_line=2).wait() == -signal.SIGKILL
+    assert go(out, *repeated) == entries and result(out) == final
+    before = bytes_in(out)
+    shown = capsys.readouterr().out
+    assert "resuming after round 1" in shown and "no run in" not in shown
+    for again in (repeated, ["--resume"], ["--resume", "--workers", "1"]):
+        assert go(out, *again) == entries
+        shown = capsys.readouterr().out
+        assert f"the run in {out} is finished\naccuracy {final['accuracy']:.2f} %" in shown
+    assert bytes_in(out) == before
+    assert len(go(out, "--resume", "--rounds", "5")) == 5
+    go(tmp_path / "new", *CNN, "--rounds", "1", "--resume")
+    assert f"there is no run in {tmp_path / 'new'} yet: it begins" in capsys.readouterr().out
+
+
+# A value of each of settings.AFTER_ROUNDS that is not AP-FL's default here
+OTHER_STAGES = ("--beta 0.5 --beta-on friend --lambda 0.3 --semantics onehot --teacher clients "
+                "--distance l2 --friend-labels local --noise-dim 3 --synthetic-per-class 5 "
+                "--generator-steps 2 --generator-batch 3 --friend-epochs 2").split()
+
+
+def test_a_run_may_start_after_the_rounds_of_one_with_other_stages(tmp_path, whole_apfl, capsys):
+    flags, entries, _ = whole_apfl
+    named = {flag.removeprefix("--").replace("-", "_") for flag in OTHER_STAGES[::2]}
+    assert {*AFTER_ROUNDS} == named | {"finetune_epochs", "word_vectors"}
+    go(tmp_path / "first", *flags)
+    before = bytes_in(tmp_path / "first")
+    alone = go(tmp_path / "alone", *flags, *OTHER_STAGES)
+    assert alone[:-1] == entries[:-1] and alone[-1] != entries[-1]
+    from_first = [*flags, *OTHER_STAGES, "--start-from", str(tmp_path / "first"), "--resume"]
+    for _ in range(2):  # begun, and repeated
+        assert go(tmp_path / "second", *from_first) == alone
+    assert result(tmp_path / "second") == result(tmp_path / "alone")
+    assert config(tmp_path / "second") == config(tmp_path / "alone")
+    assert alike(checkpoint(tmp_path / "second"), checkpoint(tmp_path / "alone"))
+    assert bytes_in(tmp_path / "first") == before
+
+    # Other rounds, or a run that has not ended
+    for other in (["--lr", "0.1"], ["--rounds", "3"], ["--train-images", "130"], ["--seed", "9"]):
+        error = refused(capsys, *flags, *other, "--start-from", str(tmp_path / "first"), "--out",
+                        str(tmp_path / "other"))
+        assert other[0] in error and "its rounds are others" in error
+        assert not (tmp_path / "other").exists()
+    (tmp_path / "first" / "result.json").unlink()
+    for out, words in (("first", "is not finished: finish it by python run.py --resume --out"),
+                       ("nowhere", "there is no run in")):
+        error = refused(capsys, *flags, "--start-from", str(tmp_path / out), "--out",
+                        str(tmp_path / "other"))
+        assert words in error and not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("flags", [
     [*CNN, "--method", "feddf", "--distillation-steps", "0"], [*ASYNC, "--method", "fedavg"],
     [*CNN, "--ablate", "in", "prox"], [*CNN, "--partition", "pathological"]])
@@ -184,6 +244,7 @@ def test_resume_refuses_what_does_not_agree(tmp_path, capsys):
     assert "not empty" in refused(capsys, *CNN, "--out", str(folder))
     assert lines(folder) == before
     (folder / "metrics.jsonl").rename(tmp_path / "elsewhere")
+    (folder / "result.json").unlink()
     assert "metrics.jsonl lacks lines" in refused(capsys, *out)
     (tmp_path / "elsewhere").rename(folder / "metrics.jsonl")
     assert go(folder, "--resume", "--lr", "0.0004", "--workers", "1") == before

@@ -114,7 +114,8 @@ def test_other_embeddings_or_proxy_images_are_noticed(tmp_path, capsys, monkeypa
     flags = [flag for flag in APFL if flag not in ("--semantics", "segments")]
     go(out, *flags, "--semantics", str(path), "--rounds", "1")
     np.savez(path, classes=np.array([*"0123456789"]), embeddings=table[::-1])
-    error = refused(capsys, "--resume", "--semantics", str(path), "--out", str(out))
+    error = refused(capsys, "--resume", "--rounds", "2", "--semantics", str(path), "--out",
+                    str(out))
     assert "--semantics" in error and "is not what this run began with" in error
     images, out = copy_of_digits(tmp_path), tmp_path / "feddf"
     go(out, *CNN, "--method", "feddf", "--distillation-steps", "1", "--proxy", str(images),
