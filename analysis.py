@@ -4,12 +4,12 @@ In reading order: how alike networks see images (linear CKA, t-SNE; FedIN, Sec. 
 the features that a client sends (FedIN, Sec. 4.3 and 5.5); cost of a method (FedIN, Table 4);
 curves over rounds (FedIN, Table 1 and Fig. 5).  These are functions of tensors and numbers, and
 each can be copied alone.  Then the questions: a run's trained networks; its clients after one more
-round, before any average; an attack on its features.  tables.py makes tables and figures of them.
+round, before any average; an attack on its features; the figures of several runs (report.py).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ import models
 import partitions
 import pictures
 import run
+import widths
 from federation import Client, Experiment, train_clients
 from models import State
 
@@ -205,6 +206,22 @@ def memory_mib(states: Iterable[State], copies: int = 1, further: int = 0) -> fl
     further: other numbers of four bytes (FedIN: a batch of features)
     """
     return (copies * models.num_bytes(list(states)) + 4 * further) / 2**20
+
+
+def costs_by_rule() -> dict[str, tuple[float, float]]:
+    """Row of Table 4 -> parameters sent in millions, memory in MiB, for the paper's networks.
+
+    Ten classes, colour images.  A client may send part of a network, but keeps the whole.
+    """
+    resnets, cut = ([models.shapes(partial(make, 3, 10)) for make in networks.values()]
+                    for networks in (models.RESNETS, widths.MODELS["resnet152-widths"]))
+    features = {"further": 16 * (64 * 8 * 8 + 512)}  # |S| times the sizes of s_in and s_out
+    rules = {"FedAvg": (resnets, {}, {}), "Scaffold": (resnets, {"copies": 2}, {"copies": 2}),
+             "MOON": (resnets, {}, {"copies": 3}), "HeteroFL": (cut, {}, {"copies": 2}),
+             "FedRolex": (cut, {}, {"copies": 2}), "FedIN": (resnets, features, features)}
+    return {row: (mean_millions(networks, models.is_parameter, **upload),
+                  memory_mib(networks[-1:] if networks is cut else networks, **memory))
+            for row, (networks, upload, memory) in rules.items()}
 
 
 # ------------------------------------------------------------------------------- curves over rounds
@@ -430,3 +447,93 @@ def attack(folder: str | Path, data_dir: str, *, steps: int, level: float,
     return images, Attack((rebuilt * 255).round().byte(), losses,
                           float(level * s_in.std()) ** 2, float(psnr(rebuilt, truth).mean()),
                           float(ssim(rebuilt, truth).mean()))
+
+
+# -------------------------------------------------------------------------- figures of several runs
+
+Key = tuple[str, str]  # row and column of a table
+
+
+class Measured(NamedTuple):
+    """Numbers of a table or figure."""
+
+    values: dict[Key, list]  # a value per seed, None for a seed without one
+    notes: Sequence[str] = ()  # sentences to print with them
+    draw: Callable | None = None  # (file, title=); None: values beside the paper's
+
+
+# Each run is compared and attacked once for all figures.
+_compared, _attacked = cache(compare_clients), cache(attack)
+
+
+def similarity(folders: Mapping[Key, Path], *, shown: str) -> Measured:
+    """Mean CKA between different clients of runs, drawn as "stages" or "maps" (Fig. 6a, 6b, 7)."""
+    draw = {"stages": draw_stages, "maps": draw_maps}[shown]
+    values, comparisons = {}, {key: _compared(folder) for key, folder in folders.items()}
+    for (row, column), seen in comparisons.items():
+        stages = {f"stage {number}": cka for number, cka in enumerate(seen.maps)}
+        for stage, cka in (stages | {"stage 3, unbiased": seen.unbiased[3]}).items():
+            values[row, f"{column}, {stage}"] = [mean_similarity(cka)]
+    images = len(seen.labels)
+    return Measured(values, [
+        f"Clients after one more round of local training, {images:,} test images. CKA is between "
+        "different clients, by the biased estimate (not given in the paper). In stage 3, of 512 "
+        f"features, it is up to {512 / (512 + images):.2f} for unrelated features, and 0 by the "
+        "unbiased estimate."], partial(draw, comparisons))
+
+
+def draw_stages(comparisons: Mapping[Key, ClientComparison], path: Any, title: str) -> None:
+    """Draw mean CKA over stages, a panel per split."""
+    panels: dict[str, dict] = {}
+    for (row, column), seen in comparisons.items():
+        means = [mean_similarity(cka) for cka in seen.maps]
+        panels.setdefault(column, {})[row] = list(map(str, range(len(means)))), means, None
+    pictures.draw_lines(path, panels, ("stage", "mean CKA between clients"), title)
+
+
+def draw_maps(comparisons: Mapping[Key, ClientComparison], path: Any, title: str) -> None:
+    """Draw CKA of each client with each, by method, stages 2 and 3."""
+    maps = {f"{row}, stage {stage}": seen.maps[stage] for stage in (2, 3)
+            for (row, _), seen in comparisons.items()}
+    names = next(iter(comparisons.values())).names
+    if len(names) > 25:  # too many to write: networks alone, each at its first client
+        archs = [name.split(": ")[1] for name in names]
+        names = [arch if arch != before else "" for before, arch in zip(["", *archs], archs)]
+    pictures.draw_maps(path, maps, names, ("client", "client, network", "CKA"), title,
+                       columns=len(comparisons), limits=(0, 1))
+
+
+def scattered(folders: Mapping[Key, Path], *, archs: Sequence[str], count: int,
+              label: int | None) -> Measured:
+    """t-SNE of stage 3 features of some networks, of test images of a class (None: of all)."""
+    values, panels = {}, {}
+    for (row, _), folder in folders.items():
+        seen = _compared(folder)
+        wanted = torch.ones_like(seen.labels) if label is None else seen.labels == label
+        images = wanted.nonzero()[:count, 0]
+        features = {arch: seen.features[arch][images] for arch in archs}
+        panels[row] = tsne(features)
+        values[row, "nearest neighbours of the same network, share"] = [own_neighbours(features)]
+
+    class_text = "" if label is None else f" of class {label} (not given in the paper)"
+    return Measured(values, [
+        f"Clients after one more round of local training, {len(images)} test images{class_text}. "
+        "The nearest neighbour among features of other images is of the same network with a share "
+        f"of {1 / len(archs):.2f} if networks see alike, and of 1 if they lie apart."],
+                    partial(pictures.draw_points, points=panels))
+
+
+def attacked(folders: Mapping[Key, Path], *, levels: Mapping[Key, float], steps: int,
+             data_dir: str, with_losses: bool) -> Measured:
+    """Attack on features of each run's ResNet18, with the noise of its training (Fig. 4, 10)."""
+    images, losses, values = {}, {}, {}
+    for (row, column), folder in folders.items():
+        images["true images"], outcome = _attacked(folder, data_dir, steps=steps,
+                                                   level=levels[row, column])
+        images[row], losses[row] = outcome.images, outcome.losses
+        values[row, "loss at the end"] = [outcome.losses[-1]]
+        values[row, "variance of the noise"] = [outcome.noise]
+        values[row, "PSNR, dB"], values[row, "SSIM"] = [outcome.psnr], [outcome.ssim]
+    return Measured(values, [f"The attack takes {steps:,} steps. PSNR and SSIM are means over "
+                             f"{len(images['true images'])} images."], partial(
+        pictures.draw_reconstruction, images=images, losses=losses if with_losses else {}))

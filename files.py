@@ -14,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -128,9 +129,29 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, torch and torchvision."""
+    """Versions of Python, torch, torchvision and this code, and the machine."""
     return {"python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": version("torchvision")}
+            "torchvision": version("torchvision"), "commit": commit(), "machine": machine()}
+
+
+@cache
+def commit() -> str:
+    """Commit of this code, with + if it has changed since."""
+    folder = shlex.quote(str(Path(__file__).parent))
+    output = subprocess.getoutput(f"git -C {folder} status --porcelain=2 --branch "
+                                  "--untracked-files=no -- '*.py'")
+    name = re.search(r"^# branch.oid (\w{7})", output)
+    changed = re.search("^[^#]", output, re.MULTILINE)
+    return "unknown" if name is None else name[1] + "+" * bool(changed)
+
+
+@cache
+def machine() -> str:
+    """Processor, cores, and the GPU if there is one."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{(names or ['unknown processor'])[0]}, {ranks.num_cores()} cores{gpu}"
 
 
 def has_run(out: Path) -> bool:

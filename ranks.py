@@ -70,9 +70,14 @@ def find_device(name: str | None) -> torch.device:
     return torch.device("cpu") if device.type == "cpu" else device  # cpu:0 is the same
 
 
-def share_of_cores(cores: int) -> int:
+def num_cores() -> int:
+    """Number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def share_of_cores() -> int:
     """Number of cores per rank of this machine."""
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def own_device(device: str) -> str:

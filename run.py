@@ -40,7 +40,7 @@ from federation import (SPEED_SPREAD, Experiment, Method, Task, describe, draw_p
                         train_clients, train_server)
 from files import Progress
 from settings import (AFTER_ROUNDS, RECORDED, check_combination, command_line, implied_flags,
-                      num_cores, read_settings, typed_as)
+                      read_settings, typed_as)
 
 # ---------------------------------------------------------------------------------------- settings
 
@@ -193,7 +193,7 @@ def resolve(typed: dict) -> dict:
     check_combination(settings, METHODS)
     settings["device"] = str(ranks.find_device(settings["device"]))
     if settings["workers"] is None:
-        most = (ranks.share_of_cores(num_cores()) if settings["device"] == "cpu"
+        most = (ranks.share_of_cores() if settings["device"] == "cpu"
                 else graphs.default_workers(settings["device"]))
         settings["workers"] = min(most, num_participants(settings))
     return settings
@@ -243,7 +243,7 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
     out = Path(out)
 
     # Rank 0 reads for all ranks.  Equal bits need equal thread counts in all ranks.
-    torch.set_num_threads(num_cores())
+    torch.set_num_threads(ranks.num_cores())
     inputs = ranks.on_rank(0, partial(read_inputs, typed, out, resume, start_from))
     if inputs is None:
         return None
@@ -324,7 +324,7 @@ def start_after(folder: Path, out: Path, first: Progress, experiment: Experiment
         if settings.get(name) != other.get(name):
             raise ValueError(f"{typed_as(name)} {settings.get(name)} differs from the "
                              f"{other.get(name)} of the run in {folder}: its rounds are others")
-    if settings["digests"]["dataset"] != other["digests"]["dataset"]:
+    if settings["digests"] != other.get("digests", {}):
         raise ValueError(f"--dataset {settings['dataset']} is not what the run in {folder} began "
                          "with: its rounds are others")
 

@@ -3,7 +3,6 @@
 run.py has the settings themselves and the command line.
 """
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -112,8 +111,3 @@ def check_combination(settings: Mapping[str, Any], methods: Mapping[str, Method]
     if settings.get("aggregation") == "async" and len(methods[name].networks[model]) > 1:
         raise ValueError(f"--aggregation async needs one architecture, not --model {model}: give "
                          "--model cnn, or one ResNet")
-
-
-def num_cores() -> int:
-    """Number of processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

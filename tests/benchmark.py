@@ -33,6 +33,7 @@ import evaluation
 import files
 import graphs
 import models
+import ranks
 import run
 from federation import Experiment, first_server, train_client, train_clients
 
@@ -308,9 +309,9 @@ PARTS = {"starting": starting, "update": update, "round": rounds, "ranks": proce
          "clients": client_counts, "methods": seconds_of_methods, "gpu": on_gpu}
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {run.num_cores()} cores\n")
+    print(f"torch {torch.__version__}, {ranks.num_cores()} cores\n")
     print("| measured | first | second | ratio |\n|---|---|---|---|")
-    torch.set_num_threads(run.num_cores())
+    torch.set_num_threads(ranks.num_cores())
     for name in sys.argv[1:] or PARTS:
         with tempfile.TemporaryDirectory() as folder:
             PARTS[name](Path(folder))

@@ -81,9 +81,12 @@ def test_one_process_does_everything_itself():
 def test_one_process_speaks_and_cores_are_shared_by_all(monkeypatch):
     monkeypatch.setattr(ranks, "_store", dist.HashStore())
     assert [ranks.is_speaker() for _ in range(3)] == [True, False, False]
-    assert ranks.share_of_cores(6) == 6
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert [ranks.share_of_cores(cores) for cores in (2, 6, 8)] == [1, 1, 2]
+    monkeypatch.setattr(ranks, "num_cores", lambda: 6)
+    shares = {}
+    for processes in "1248":
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        shares[processes] = ranks.share_of_cores()
+    assert shares == {"1": 6, "2": 3, "4": 1, "8": 1}
 
 
 def test_two_processes_leave_what_one_does(two, tmp_path, monkeypatch):

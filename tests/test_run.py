@@ -27,6 +27,7 @@ import fedin
 import files
 import generator
 import models
+import ranks
 import run
 import widths
 from settings import command_line, implied_flags, typed_as
@@ -58,7 +59,8 @@ def test_a_run_says_what_it_does_and_leaves_its_files(tmp_path, capsys):
     assert {"method": "fedin", "seed": 7, "mu": 0.1}.items() <= settings.items()
     assert settings["versions"] == {"python": platform.python_version(),
                                     "torch": torch.__version__,
-                                    "torchvision": torchvision.__version__.split("+")[0]}
+                                    "torchvision": torchvision.__version__.split("+")[0],
+                                    "commit": files.commit(), "machine": files.machine()}
     assert settings["device"] and not {"out", "resume"} & settings.keys()
     assert saved["round"] == 3 and saved["memory"] == {}
     best = max(entries, key=lambda entry: entry["accuracy"])
@@ -125,7 +127,7 @@ def test_defaults_are_the_papers(typed, expected):
 
 @pytest.mark.parametrize("cores, workers", [(64, 5), (2, 2)])
 def test_workers_are_as_many_as_cores_but_no_more_than_participants(cores, workers, monkeypatch):
-    monkeypatch.setattr(run, "num_cores", lambda: cores)
+    monkeypatch.setattr(ranks, "num_cores", lambda: cores)
     settings = run.resolve({"device": "cpu", "clients": 20, "participation": 0.25})
     assert settings["workers"] == workers
 
@@ -428,7 +430,8 @@ def test_broken_data_are_one_line(tmp_path, capsys):
 MODULES = {path.stem: ast.parse(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
 LAYERS = [  # a module imports only modules of lines above its own
     "data models pictures", "graphs partitions semantics ranks", "files generator", "federation",
-    "evaluation baselines", "apfl fedin fedgen widths", "settings", "run", "analysis", "tables"]
+    "evaluation baselines", "apfl fedin fedgen widths", "settings", "run", "analysis experiments",
+    "report", "tables"]
 
 
 def imported(module: str) -> set[str]:
@@ -447,7 +450,8 @@ def test_imports_run_downwards_only():
             assert imported(name) & MODULES.keys() <= below, name
         below |= set(layer)
     assert imported("models") <= {"torch", *sys.stdlib_module_names}
-    assert {name for name in MODULES if "argparse" in imported(name)} <= {"run", "tables"}
+    assert {name for name in MODULES if "argparse" in imported(name)} <= {
+        "run", "experiments", "report", "tables"}
 
 
 def test_starting_loads_torch_and_no_other_heavy_package():
@@ -525,9 +529,9 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_documents_name_only_flags_and_functions_that_exist():
     flags = {typed_as(action.dest) for action in run.parser()._actions}
-    flags |= {"--nproc-per-node", "--nnodes"}  # flags of torchrun
-    for text in (README, (ROOT / "tables.py").read_text()):  # the added method's, and its own
-        flags |= set(re.findall(r'add\("(--[\w-]+)"', text))
+    flags |= {"--nproc-per-node", "--nnodes", "--array", "--wrap"}  # flags of torchrun and Slurm
+    for text in (README, *((ROOT / name).read_text() for name in ("report.py", "tables.py"))):
+        flags |= set(re.findall(r'add(?:_argument)?\("(--[\w-]+)"', text))
     for name in ("README.md", "PAPERS.md"):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / name).read_text()))
         assert named <= flags and len(named) > 5, name

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,14 +15,20 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import analysis
-import run
-import tables
 from commands import DROPOUT, FEW, FEW_DIGITS, ROOT, go, result
 
-ARGS = Namespace(scale="small", seeds=3, jobs=1, data_dir="data", command="python tables.py x")
-SMALL, PAPER = tables.all_tables("small"), tables.all_tables("paper")
+import analysis
+import experiments
+import files
+import ranks
+import report
+import run
+import tables
+from experiments import cells
+
+ARGS = Namespace(scale="small", seeds=3, jobs=1, data_dir="data", command="python tables.py x",
+                 again=False, only=[])
+SMALL, PAPER = experiments.tables("small"), experiments.tables("paper")
 NON_IID = "CIFAR-10, Non-IID"
 
 
@@ -32,21 +39,22 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------ the runs of a table
 
-@pytest.mark.parametrize("scale", tables.SCALES)
+@pytest.mark.parametrize("scale", experiments.SCALES)
 def test_run_py_takes_the_flags_of_every_run(scale, capsys):
     assert tables.main(["--list", "--scale", scale]) == 0
-    text = capsys.readouterr().out
+    text, made = capsys.readouterr().out, experiments.tables(scale)
     kinds = ("FedIN, Table", "FedIN, Fig.", "AP-FL, Table", "AP-FL, Fig.")
-    assert [text.count(kind) for kind in kinds] == [7, 10, 4, 3]
-    assert all(f"{name} " in text for name in PAPER) and not list(Path().iterdir())
+    assert [text.count(kind) for kind in kinds] == ([7, 10, 4, 3] if scale != "cut" else
+                                                    [7, 10, 0, 0])
+    assert all(f"{name} " in text for name in made) and not list(Path().iterdir())
 
 
 def test_the_papers_numbers_are_those_of_cells_that_we_make():
     made_besides = {"fedin-1": ("round", "speed"), "fedin-4": ("M", "MiB"), "apfl-1": ("classes",)}
-    papers = tables.papers_numbers()
+    papers = report.papers_numbers()
     for name, known in papers.items():
         for row, column in known:
-            assert (row, column) in PAPER[name].cells or (
+            assert (row, column) in cells(PAPER[name]) or (
                 column.split(", ")[-1] in made_besides.get(name, ())), (name, row, column)
     assert papers["fedin-1"]["FedIN (+Noise)", NON_IID] == (77.3, None, "77.3")
     apfl = papers["apfl-2"]["AP-FL", "CIFAR-10, 5 clients, alpha 0.01"]
@@ -55,49 +63,62 @@ def test_the_papers_numbers_are_those_of_cells_that_we_make():
     assert sorted(counts) == [10, 10, 10, 12, 14, 24, 24, 27, 30, 140, 144]
 
 
+def ids_of(table: dict, args: Namespace = ARGS) -> dict:
+    """Row and column -> ids of its runs."""
+    return {key: list(map(experiments.run_id, runs))
+            for key, runs in experiments.runs_of(table, args).items()}
+
+
 def test_runs_keep_their_ids_and_the_papers_scale_is_that_of_run_py():
     Path("data").mkdir()
     Path("data/embeddings-word2vec-fashionmnist.npz").touch()
-    ids = {name: set(chain.from_iterable(tables.jobs_of(table, ARGS).values()))
-           for name, table in SMALL.items()}
-    lines = (ROOT / "results/small/runs.jsonl").read_text().splitlines()
-    finished = {name for each in lines if not (name := json.loads(each)["id"]).endswith("-peak")}
+    ids = {name: set(chain.from_iterable(ids_of(table).values())) for name, table in SMALL.items()}
+    finished = report.recorded(ROOT / "results/small").keys()
     assert len(finished) > 150 and finished <= set().union(*ids.values())
     assert ids["fedin-fig5"] < ids["fedin-1"]
     assert "fedin-cifar10-0-fa19a4afe0" in ids["fedin-1"] & ids["fedin-6"]  # noise 0 is none
-    assert tables.SCALES["paper"] == {"fedin": {"eval_every": 1}, "apfl": {}}
+    assert experiments.SCALES["paper"] == {"fedin": {"eval_every": 1}, "apfl": {}}
+    # README's headline figures: the scale of medium
+    args = Namespace(**{**vars(ARGS), "scale": "medium"})
+    settings = run.resolve(experiments.runs_of(experiments.tables("medium")["fedin"], args)[
+        "FedIN", NON_IID][2])
+    assert (settings["clients"], settings["rounds"], settings["local_epochs"], settings["seed"],
+            settings["train_images"], settings["test_images"]) == (20, 20, 2, 2, 5000, None)
 
 
 def test_an_id_stands_for_settings_that_change_numbers(monkeypatch):
-    monkeypatch.setattr(tables.run, "resolve", dict)
+    monkeypatch.setattr(run, "resolve", dict)
     flags = {"method": "fedavg", "dataset": "data/mine.npz", "seed": 0, "semantics": "clip"}
     for changes in ({"dataset": "elsewhere/mine.npz", "workers": 1, "device": "cuda"},
                     {"new": None, "switch": False, "several": []},  # flags of a later run.py
                     {"semantics": "data/embeddings-clip-mine.npz"}):
-        assert tables.run_id(flags | changes) == tables.run_id(flags)
+        assert experiments.run_id(flags | changes) == experiments.run_id(flags)
     for changes in ({"seed": 1}, {"beta": 0.0}, {"semantics": "bert"}, {"dataset": "other.npz"}):
-        assert tables.run_id(flags | changes) != tables.run_id(flags)
+        assert experiments.run_id(flags | changes) != experiments.run_id(flags)
+        assert (experiments.rounds_id(flags | changes) == experiments.rounds_id(flags)) == (
+            changes.keys() <= {"beta", "semantics"})
 
 
 def test_embeddings_that_a_user_has_go_before_the_encoder():
-    encoder = tables.Cell({"method": "apfl", "setting": "apfl", "dataset": "cifar10"})
-    bert = encoder._replace(flags={**encoder.flags, "semantics": "bert"})
+    clip, bert = ({"method": "apfl", "dataset": "cifar10", "value": "", **more}
+                  for more in ({}, {"semantics": "bert"}))
     Path("data").mkdir()
     Path("data/clip-cifar10.npz").touch()  # cache of --semantics clip
-    assert tables.semantics_of(encoder, "data") == "clip"
+    assert experiments.embeddings_of(clip, "data") == "clip"
     for choice in ("word2vec", "clip"):
-        Path(f"data/embeddings-{choice}-cifar10.npz").touch()
-        assert tables.semantics_of(encoder, "data") == f"data/embeddings-{choice}-cifar10.npz"
-    assert tables.semantics_of(bert, "data") == "bert"
-    smoke = tables.flags_of(bert, Namespace(scale="smoke", data_dir="data"), 0)
+        path = f"data/embeddings-{choice}-cifar10.npz"
+        Path(path).touch()
+        assert experiments.embeddings_of(clip, "data") == path
+    assert experiments.embeddings_of(bert, "data") == "bert"
+    args = Namespace(scale="smoke", data_dir="data")
+    smoke = experiments.flags_of({"setting": "apfl"}, bert, args, 0)
     assert (smoke["semantics"], smoke["dataset"]) == ("onehot", "digits")
-    error = tables.run_alone(Path("out"), {"dataset": "emnist", "semantics": "word2vec"}, 1)
-    assert "put embeddings-word2vec-emnist.npz" in error
 
 
 @pytest.mark.parametrize("words, part", [
     ("fedin-9", "unknown name fedin-9"), ("fedin-1 --seeds 0", "at least 1"),
-    ("fedin-1 --scale huge", "(python tables.py --help"), ("fedin-1 --jobs -1", "at least 0"),
+    ("fedin-1 --scale huge", "(--help lists"), ("fedin-1 --jobs 0", "at least 1"),
+    ("apfl-2 --scale cut", "unknown name apfl-2 at scale cut"),
     ("fedin-6 --only CIFAR10", "--only CIFAR10 is in none of these names: noise 0, Fashion-MN")])
 def test_mistakes_are_one_line(capsys, words, part):
     assert tables.main(words.split()) == 2
@@ -105,67 +126,100 @@ def test_mistakes_are_one_line(capsys, words, part):
     assert part in error and error.startswith("error: ") and error.count("\n") == 1
 
 
+def test_commands_are_longest_first_and_share_the_rounds_of_apfl(capsys):
+    flags = "--scale medium --seeds 1 --commands".split()
+    assert tables.main(["apfl-2", "apfl-readings", "fedin", *flags]) == 0
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    jobs = tables.missing_runs({name: experiments.tables("medium")[name] for name in (
+        "apfl-2", "apfl-readings", "fedin")}, Namespace(**{**vars(ARGS), "scale": "medium",
+                                                           "seeds": 1}))
+    assert len(lines) == len(jobs) and not Path("runs").exists()
+    flags = [run.read_command_line(line[2:]) for line in lines]
+    assert all(line[:2] == ["python", "run.py"] for line in lines)
+    assert all(each["resume"] and each["out"].startswith("runs/tables/medium/") for each in flags)
+    costs = [tables.cost(jobs[Path(each["out"]).name]) for each in flags]
+    assert costs == sorted(costs, reverse=True) and costs[0] > costs[-1]
+    sharing = [each for each in flags if "start_from" in each]
+    assert len(sharing) == 3 * 4  # three of four readings, in four columns
+    for each in sharing:
+        before = flags[[other["out"] for other in flags].index(each["start_from"])]
+        assert "start_from" not in before and flags.index(before) < flags.index(each)
+        assert (before["alpha"], before["dataset"]) == (each["alpha"], each["dataset"])
+
+
 # ------------------------------------------------------------------------------- numbers of a table
 
 def line(accuracy: float, rounds=(4, 8), curve=None, **values) -> dict:
     return {"result": {"accuracy": float(accuracy), **values}, "rounds": list(rounds),
-            "accuracy": curve or [accuracy - 1, accuracy], "commit": "abc", "machine": "one core"}
+            "accuracy": curve or [accuracy - 1, accuracy], "commit": "abc", "machine": "one core",
+            "id": f"{accuracy} {curve}"}
 
 
 def test_a_table_is_put_together_as_by_hand():
-    keys = [(row, column) for row in ("fedavg", "fedprox", "fedin") for column in ("A", "B")]
-    table = tables.Table("FedIN, Table 0", {key: tables.Cell({
-        "setting": "fedin", "method": key[0], "dataset": "cifar10"}) for key in keys})
+    table = {"title": "FedIN, Table 0", "setting": "fedin", "columns": {"A": {}, "B": {}}, "rows": {
+        name: {"method": name, "dataset": "cifar10"} for name in ("fedavg", "fedprox", "fedin")}}
+    keys = list(cells(table))
     lines = dict(zip(keys, [[line(30), line(32)], [line(5)], [line(33.5), line(33.5)], [line(9)],
-                            [line(31.5), line(33.5)], []]))
+                            [line(31.5), line(33.5), line(99)], []]))
     papers = {("fedavg", "A"): (60.0, None, "60.00"), ("fedprox", "A"): (70.0, 1.5, "70 ± 1.5"),
               ("fedin", "A"): (80.0, None, "80.0"), ("fedin", "B"): (50.0, None, "50.0")}
-    values = tables.final(table, lines, ARGS).values
-    assert tables.markdown("fedin-0", table, values, papers, ["A note."]) == """# FedIN, Table 0
+    values = report.final(table, lines, ARGS).values
+    assert report.markdown("fedin-0", table, values, papers, ["A note."]) == """# FedIN, Table 0
 
 A note.
 
-|  | A | B |
+|  | A (seeds 0-1) | B (seed 0) |
 | --- | --- | --- |
 | fedavg | 60.00 / 31.00 ± 1.41 | – / 5.00 |
 | fedprox | 70 ± 1.5 / 33.5 ± 0.0 | – / 9.00 |
 | fedin | 80.0 / 32.5 ± 1.4 | 50.0 / – |
 
-Every cell: the paper / ours, mean ± standard deviation over seeds; (k of n): over k seeds alone.
+Every cell: the paper / ours, mean ± standard deviation, over the seeds that all rows of its \
+column have.
 
 Pairs of rows in the paper's order (ties are not), over the seeds of both: A 2 of 3.
 
 ![FedIN, Table 0](fedin-0.png)
 """
-    assert tables.csv_text("fedin-0", values, papers, "small").splitlines()[5] == (
-        "fedin-0,small,fedin,A,80.0,,32.5,1.4142135623730951,31.5 33.5")
-    notes = tables.notes_of(table, lines, 3, ARGS)
-    assert "Scale **small**" in notes[0] and "rounds 20" in notes[0] and "0, 1, 2" in notes[0]
-    assert notes[1] == "`python tables.py x`; runs of commit abc on one core."
-    ids = {key: ["a", "b", "c"] if key == ("fedin", "B") else ["d", "e"] for key in keys}
-    assert tables.lacking_runs(ids, lines, {"c": "no data", "x": "no net"}) == [
-        "Lacking runs: fedavg / B, fedprox / B (not run).", "Lacking runs: fedin / B (no data)."]
+    assert report.csv_text("fedin-0", values, papers, "small").splitlines()[5] == (
+        "fedin-0,small,fedin,A,80.0,,54.666666666666664,38.40681363161143,31.5 33.5 99.0")
+    here = files.commit()
+    lines["fedin", "B"] = [line(1) | {"commit": here, "id": "own"}]
+    notes = report.notes_of(table, lines, ARGS)
+    assert "Scale **small**" in notes[0] and "rounds 20" in notes[0]
+    assert f"1 of commit {here}" in notes[1] and f"{here} (other" not in notes[1]
+    assert "of commit abc (other code than now)" in notes[1] and "Machines: one core." in notes[1]
+    ids = {key: ["a", "b", "c"] for key in keys}
+    assert report.lacking_runs(ids, lines | {keys[0]: []}) == [
+        "Without runs: fedavg / A.", "Fewer than 3 seeds: fedavg / B (seed 0), fedprox / A (seeds "
+        "0-1), fedprox / B (seed 0), fedin / B (seed 0)."]
 
 
 def test_rounds_to_the_target_and_speed():
     table, rounds = SMALL["fedin-1"], (4, 8, 12)
-    lines = {key: [] for key in table.cells}
+    lines = {key: [] for key in cells(table)}
     lines["FedAvg", NON_IID] = [line(50, rounds, [10, 46, 50]), line(40, rounds, [10, 35, 40])]
     lines["FedIN", NON_IID] = [line(60, rounds, [48, 55, 60]), line(60, rounds, [30, 37, 60])]
     lines["MOON", NON_IID] = [line(9, rounds, [9, 9, 9])]
     lines["Scaffold", NON_IID] = [line(50, rounds, [46, 47, 50])]
-    values, notes, _ = tables.with_rounds(table, lines, ARGS)
+    values, notes, _ = report.with_rounds(table, lines, ARGS)
     assert notes[0].startswith("Targets, %: CIFAR-10 40.5 (")  # mean of 45 and 36
     for row, to_target, speed in (
-            ("FedAvg", [8, 12], [1]), ("FedIN", [4, 8], [pytest.approx(10 / 6)]),
-            ("MOON", [None], None), ("Scaffold", [4], [2])):  # Scaffold over its only seed
+            ("FedAvg", [8, 12], [1]), ("FedIN", [4, 8], [2]), ("MOON", [None], None),
+            ("Scaffold", [4], [2])):  # all speeds over the only seed of MOON and Scaffold
         assert values[row, "CIFAR-10, round"] == to_target
         assert values.get((row, "CIFAR-10, speed")) == speed
     lines["FedIN", NON_IID][1]["accuracy"] = [9, 9, 9]
-    values = tables.with_rounds(table, lines, ARGS).values
-    text = tables.markdown("x", table, values, {}, [])
-    assert "4 (1 of 2)" in text and "9.00 (1 of 2)" in text  # target missed; seed not run
-    assert ("FedIN", "CIFAR-10, speed") not in values
+    values = report.with_rounds(table, lines, ARGS).values
+    text = report.markdown("x", table, values, {}, [])
+    assert "CIFAR-10, Non-IID (seed 0)" in text and "4 (1 of 2)" not in text
+    lines |= {("MOON", NON_IID): [], ("Scaffold", NON_IID): []}
+    values = report.with_rounds(table, lines, ARGS).values
+    assert ("FedIN", "CIFAR-10, speed") not in values and "4 (1 of 2)" in report.markdown(
+        "x", table, values, {}, [])
+    # The target is nine tenths of FedAvg's last accuracy, not of its best.
+    lines["FedAvg", NON_IID][0]["accuracy"] = [10, 80, 50]
+    assert report.targets_of("CIFAR-10", lines, ARGS) == [45, 36]
 
 
 @pytest.mark.parametrize("fedin, moon, column, counts", [
@@ -174,58 +228,60 @@ def test_rounds_to_the_target_and_speed():
 def test_rows_are_compared_over_the_seeds_of_both(fedin, moon, column, counts):
     papers = {("FedIN", column): (9.0, None, ""), ("MOON", column): (20.0, None, "")}
     values = {("FedIN", column): fedin, ("MOON", column): moon}
-    assert tables.agreement(values, papers).get(column) == counts
+    assert report.agreement(values, papers).get(column) == counts
 
 
 def test_curves_and_sweeps_are_means_over_the_seeds_that_all_have():
     table = SMALL["fedin-fig5"]
-    lines = {key: [] for key in table.cells}
+    lines = {key: [] for key in cells(table)}
     lines["FedAvg", NON_IID] = [line(20, curve=[10, 20]), line(90, curve=[80, 90])]
     lines["FedIN", NON_IID] = [line(40, curve=[30, 40])]
-    values, notes, draw = table.measure(table, lines, ARGS)
+    values, notes, draw = report.curves(table, lines, ARGS, 0.6, "CIFAR-10")
+    assert table["report"] == ("curves", {"weight": 0.6, "goal": "CIFAR-10"})
     panel, targets = draw.keywords["lines"][NON_IID], draw.keywords["targets"]
     assert targets == {NON_IID: pytest.approx(18)} and "have (1)" in notes[0]
     assert values["FedAvg", NON_IID] == [20, 90] and panel.keys() == {"FedAvg", "FedIN"}
     assert panel["FedAvg"] == ([4, 8], pytest.approx([10, 14]), [0, 0])
     lines["FedIN", NON_IID].append(line(60, curve=[50, 60]))
-    _, notes, draw = tables.curves("", 0.0, table, lines, ARGS)
+    _, notes, draw = report.curves(table, lines, ARGS, 0.0)
     assert draw.keywords["lines"][NON_IID]["FedIN"] == (
         [4, 8], (40, 50), pytest.approx([200 ** 0.5] * 2)) and "smoothed" not in notes[0]
     runs = {("a", "8"): [line(20)], ("a", "16"): [line(30), line(90)], ("b", "8"): [],
             ("b", "16"): [line(7)]}
-    table = tables.Table("", dict.fromkeys(runs, tables.Cell({})))
-    swept = tables.swept("x", table, runs, ARGS).draw.keywords["lines"][""]
+    table = {"rows": {"a": {}, "b": {}}, "columns": {"8": {}, "16": {}}}
+    swept = report.swept(table, runs, ARGS, "x").draw.keywords["lines"][""]
     gap, seven = swept["b"][1]
     assert swept["a"] == (["8", "16"], [20, 30], [0, 0]) and gap != gap and seven == 7
 
 
 def test_costs_are_by_rule_and_as_measured():
     table, key = SMALL["fedin-4"], ("FedIN", NON_IID)
-    lines = {key: [] for key in table.cells} | {key: [line(50, upload_mb=4500.0)]}
-    flags = tables.flags_of(table.cells[key], ARGS, 0)
-    assert tables.peak_memory(flags, Namespace(scale="small", jobs=0)) is None
-    tables.append("small", f"{tables.run_id(flags)}-peak", flags, peak_gib=1.25)
-    values = tables.overheads(table, lines, ARGS).values
-    assert values["FedIN", "measured: peak of the process, GiB"] == [1.25]
-    assert values["FedIN", "measured: upload per update, MB"] == [4500 / (5 * 20)]
-    assert values["FedAvg", "measured: peak of the process, GiB"] == []
+    lines = {key: [] for key in cells(table)}
+    lines[key] = [line(50, upload_mb=4500.0, memory_mb=1250.0), line(50, upload_mb=4500.0)]
+    values = report.overheads(table, lines, ARGS).values
+    assert values["FedIN", "measured: peak of the process, MB"] == [1250.0]
+    assert values["FedIN", "measured: upload per update, MB"] == [4500 / (5 * 20)] * 2
+    assert values["FedAvg", "measured: peak of the process, MB"] == []
     assert values["FedIN", "parameters sent, M"] == pytest.approx([12.36], abs=0.005)
     assert values["HeteroFL", "parameters sent, M"] == pytest.approx([15.51], abs=0.005)
 
 
-def test_what_clients_see_is_shown_by_stage_and_by_method(monkeypatch):
+def test_clients_are_shown_by_stage_and_by_method(monkeypatch):
     flat = [torch.full((4, 4), 0.1 * stage + 0.2).fill_diagonal_(1) for stage in range(4)]
     features = {arch: torch.randn(40, 6) for arch in ("resnet10", "resnet14", "resnet26")}
     seen = analysis.ClientComparison(flat, [stage - 0.1 for stage in flat], list("abcd"), features,
                                      torch.arange(40) % 2)
-    monkeypatch.setattr(tables, "compare_clients", lambda folder: seen)
+    folders = []
+    monkeypatch.setattr(analysis, "_compared", lambda folder: folders.append(folder) or seen)
     lines = {("FedIN", "IID"): [{"id": "a"}]}
-    values, notes, draw = tables.similarity(tables.draw_maps, None, lines, ARGS)
-    assert values["FedIN", "IID, stage 2"] == pytest.approx([0.4]) and "40 test" in notes[0]
+    for shown in ("stages", "maps"):
+        values, notes, draw = report.of_networks("similarity", {}, lines, ARGS, shown=shown)
+        draw(Path("x.png"), title="x")
+    assert folders == [Path("runs/tables/small/a")] * 2 and "40 test" in notes[0]
+    assert values["FedIN", "IID, stage 2"] == pytest.approx([0.4])
     assert values["FedIN", "IID, stage 3, unbiased"] == pytest.approx([0.4])
-    for drawing in (draw, partial(tables.draw_stages, *draw.args)):
-        drawing(Path("x.png"), title="x")
-    values, notes, draw = tables.scattered(tuple(features), 200, 0, None, lines, ARGS)
+    values, notes, draw = report.of_networks("scattered", {}, lines, ARGS, archs=tuple(features),
+                                             count=200, label=0)
     assert [len(points) for points in draw.keywords["points"]["FedIN"].values()] == [20] * 3
     assert "20 test images of class 0" in notes[0] and "0.33" in notes[0]
     of_class = {arch: part[::2] for arch, part in features.items()}
@@ -236,39 +292,51 @@ def test_what_clients_see_is_shown_by_stage_and_by_method(monkeypatch):
 
 def test_tables_are_written_and_drawn_from_finished_runs(monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, file, **__: file.write(b"x"))
-    names = [name for name, table in SMALL.items() if table.cells and not table.networks]
-    jobs, known = {name: tables.jobs_of(SMALL[name], ARGS) for name in names}, {}
+    names = [name for name, table in SMALL.items() if table["rows"] and "networks" not in table]
+    ids, known = {name: ids_of(SMALL[name]) for name in names}, {}
     for name in names:
-        for number, (key, runs) in enumerate(jobs[name].items()):
+        of_cell = cells(SMALL[name])
+        for number, (key, runs) in enumerate(ids[name].items()):
             for seed, each in enumerate(runs):
                 entry = known.setdefault(each, line(0, upload_mb=90.0) | {"id": each})
-                entry["result"] |= {SMALL[name].cells[key].value: 40.0 + number % 7 + seed}
+                entry["result"] |= {of_cell[key]["value"]: 40.0 + number % 7 + seed}
     for name in names:  # the second seed of a first cell
-        known.pop(list(next(iter(jobs[name].values())))[1], None)
+        known.pop(next(iter(ids[name].values()))[1], None)
     Path("results/small").mkdir(parents=True)
     Path("results/small/runs.jsonl").write_text(
         "\n".join([*map(json.dumps, known.values()), '{"id": "torn", "x']))
-    assert tables.recorded("small") == known
-    assert tables.main([*names, "--scale", "small", "--jobs", "0"]) == 0
+    assert report.recorded("small") == known
+    assert report.main([*names, "--scale", "small"]) == 0
     for name in names:
-        text, (row, column) = Path(f"results/small/{name}.md").read_text(), next(iter(jobs[name]))
-        assert f"Lacking runs: {row} / {column}" in text and "±" in text
+        text, (row, column) = Path(f"results/small/{name}.md").read_text(), next(iter(ids[name]))
+        assert f"Fewer than 3 seeds: {row} / {column} (seed 0)" in text
+        assert f"{column} (seed 0)" in text or name == "fedin-4"  # its columns are others
         assert ("smoothed" in text) == (name in ("fedin-fig5", "fedin-fig9"))
         assert Path(f"results/small/{name}.png").read_bytes() == b"x"
         lines = csv.DictReader(Path(f"results/small/{name}.csv").read_text().splitlines())
         by_seed = {(each["row"], each["column"]): each["by seed"] for each in lines}
-        for key, runs in jobs[name].items() if name != "fedin-4" else ():  # columns of its own
+        for key, runs in ids[name].items() if name != "fedin-4" else ():
             results = [known[each]["result"] for each in takewhile(known.__contains__, runs)]
-            value = SMALL[name].cells[key].value
+            value = cells(SMALL[name])[key]["value"]
             assert by_seed[key] == " ".join(str(each[value]) for each in results)
 
 
+@pytest.mark.parametrize("text", ["null", "{}", '"text"', "[1]", '{"id": 3}', "\ufeff{", "12",
+                                  '{"id": "x", "result": {}}'])
+def test_a_line_that_is_no_run_is_told_by_its_number_and_costs_no_other(text, capsys):
+    good = line(5) | {"id": "good"}
+    Path("results/small").mkdir(parents=True)
+    Path("results/small/runs.jsonl").write_text(f"{text}\n{json.dumps(good)}\n", encoding="utf-8")
+    assert report.recorded("small") == {"good": good}
+    assert "note: line 1 of results/small/runs.jsonl is no run's" in capsys.readouterr().out
+
+
 def test_nothing_is_written_without_runs(capsys):
-    assert list(tables.chosen(["all"], SMALL)) == list(SMALL)
-    assert tables.main(["fedin-fig7", "fedin-2", "fedin-fig10", "--jobs", "0"]) == 0
+    assert list(report.chosen(Namespace(scale="small", names=["all"]))) == list(SMALL)
+    assert report.main(["fedin-fig7", "fedin-2", "fedin-fig10"]) == 0
     text = capsys.readouterr().out
     assert [words.split()[-1] for words in text.split(": no run is finished")[:-1]] == [
-        "fedin-2a", "fedin-2b", "fedin-fig7", "fedin-fig10"] and not tables.RESULTS.exists()
+        "fedin-2a", "fedin-2b", "fedin-fig7", "fedin-fig10"] and not report.RESULTS.exists()
     assert text.count("whose networks are here") == 2 and "results are in" not in text
 
 
@@ -279,51 +347,79 @@ def test_the_dealt_classes_are_those_of_the_dropout_setting():
             if row.startswith("| client")]
     assert len(rows) == 10 and rows[-1] == {"8", "9"}  # the dropout client
     assert all(len(row) == 2 and not row & rows[-1] for row in rows[:-1])
-    assert "In place of --dataset cifar10: digits." in text and not tables.RUNS.exists()
+    assert "In place of --dataset cifar10: digits." in text and not report.RUNS.exists()
 
 
-def test_a_run_is_that_of_its_command_and_is_made_once(monkeypatch):
-    cell = tables.Cell({"setting": "quick", "method": "local", "model": "cnn", "rounds": 1,
-                        "clients": 2, "train_images": 20, "dataset": FEW_DIGITS[1]})
-    table, command = tables.Table("One", {("a", "x"): cell}), "one --scale small --seeds 1".split()
-    monkeypatch.setitem(tables.SCALES["small"], "quick", {})
-    monkeypatch.setattr(tables, "all_tables", lambda scale: {"one": table})
-    assert tables.main(command) == 0
-    (known,) = tables.recorded("small").values()
-    folder = tables.RUNS / "small" / known["id"]
-    go(Path("alone"), *run.command_line(tables.flags_of(cell, ARGS, 0)))
+SMALLEST = {"method": "local", "model": "cnn", "rounds": 1, "clients": 2, "train_images": 20,
+            "dataset": FEW_DIGITS[1]}
+
+
+@pytest.fixture
+def one(monkeypatch) -> dict:
+    """Table "one" at the scale of small, the only one, of two tiny runs."""
+    table = {"title": "One", "setting": "quick", "rows": {"a": SMALLEST},
+             "columns": {"x": {}, "y": {"batch_size": 5}}}
+    monkeypatch.setitem(experiments.SCALES["small"], "quick", {})
+    monkeypatch.setattr(experiments, "tables", lambda scale: {"one": table})
+    return table
+
+
+def test_a_run_is_that_of_its_command_and_is_made_once(one, capsys):
+    command = "one --scale small --seeds 1".split()
+    assert tables.main([*command, "--only", "x"]) == 0
+    (known,) = report.recorded("small").values()
+    folder = report.RUNS / "small" / known["id"]
+    (flags,) = experiments.runs_of(one, Namespace(**{**vars(ARGS), "seeds": 1}))["a", "x"]
+    go(Path("alone"), *run.command_line(flags))
     assert result(Path("alone")) == result(folder) and known["rounds"] == [1]
     assert known["result"].items() >= result(folder).items()
-    # A table needs the line alone.  Without it, the run resumes where it was stopped
+    assert known["commit"] == files.commit() and known["machine"] == files.machine()
+    assert known["torch"] == torch.__version__
+
+    # A table needs the line alone.  Repeating is one flag.
     (folder / "result.json").unlink()
-    metrics = (folder / "metrics.jsonl").read_text()
-    assert tables.main(command) == 0 and not (folder / "result.json").exists()
+    assert tables.main([*command, "--only", "x"]) == 0 and not (folder / "result.json").exists()
     Path("results/small/runs.jsonl").unlink()
-    assert tables.main(command) == 0 and (folder / "metrics.jsonl").read_text() == metrics
-    assert tables.recorded("small").keys() == {known["id"]}
+    assert tables.main([*command, "--only", "x"]) == 0
+    before = (folder / "config.json").stat().st_mtime_ns
+    assert tables.main([*command, "--only", "x", "--again"]) == 0
+    assert (folder / "config.json").stat().st_mtime_ns > before
+    assert report.recorded("small").keys() == {known["id"]}
 
 
-def test_processes_share_the_cores_and_their_errors_are_told(monkeypatch, capsys):
-    script, folder, flags = Path("fake.py"), Path("runs/a"), {"method": "fedavg", "seed": 1}
+def test_printed_commands_through_xargs_give_the_same_tables(one, capsys):
+    command = "one --scale small --seeds 1".split()
+    assert tables.main([*command, "--commands"]) == 0
+    text = capsys.readouterr().out.replace("python run.py", f"{sys.executable} {ROOT / 'run.py'}")
+    for _ in range(2):  # repeated, it finds its runs finished
+        subprocess.run(["xargs", "-d", "\n", "-n", "1", "-P", "2", "sh", "-c"], input=text,
+                       text=True, check=True, capture_output=True)
+    assert report.main(command) == 0
+    by_xargs = Path("results/small/one.csv").read_text()
+    for folder in ("runs", "results"):
+        Path(folder).rename(f"{folder}-before")
+    assert tables.main(command) == 0 and Path("results/small/one.csv").read_text() == by_xargs
+
+
+def test_processes_share_the_cores_and_their_errors_are_told(one, monkeypatch, capsys):
+    script, words = Path("fake.py"), ["--seed", "1", "--out", "runs/a"]
     monkeypatch.setattr(tables, "RUN_PY", script)
-    monkeypatch.setattr(tables.run, "num_cores", lambda: 8)
+    monkeypatch.setattr(ranks, "num_cores", lambda: 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     script.write_text("import os; os.kill(os.getpid(), 9)")
-    assert "killed by signal 9: fewer --jobs" in tables.run_alone(folder, flags, 2)
+    assert "killed by signal 9: fewer --jobs" in tables.run_alone(words, 2)
     script.write_text("import sys; print(*sys.argv[1:])")
-    folder.mkdir()
-    (folder / "config.json").touch()
-    assert tables.run_alone(folder, flags, 3) == ""
-    words = "--method fedavg --seed 1 --resume --workers 2 --out runs/a\n"
-    assert Path("runs/a.log").read_text() == words
+    assert tables.run_alone(words, 3) == ""
+    assert Path("runs/a.log").read_text() == "--seed 1 --out runs/a --workers 2\n"
     script.write_text("import sys; print('error: no net', file=sys.stderr); sys.exit(2)")
-    assert tables.main(["apfl-3", "--only", "Local"]) == 1
+    assert tables.main("one --scale small --seeds 1".split()) == 1
     assert capsys.readouterr().out.count(": error: no net") == 2
 
 
 def test_an_interrupted_command_waits_for_its_processes_and_begins_no_other():
     Path("fake.py").write_text(
-        "import sys, time, pathlib; out = pathlib.Path(sys.argv[-1]); out.mkdir(parents=True)\n"
+        "import sys, time, pathlib\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1]); out.mkdir(parents=True)\n"
         "try: (out / 'begun').touch(); time.sleep(60)\n"
         "finally: time.sleep(0.5); (out / 'saved').touch()")
     program = ("import sys, tables; tables.RUN_PY = tables.Path('fake.py'); "
@@ -332,12 +428,12 @@ def test_an_interrupted_command_waits_for_its_processes_and_begins_no_other():
         [sys.executable, "-c", program], stderr=subprocess.PIPE, start_new_session=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
-    while not list(tables.RUNS.glob("smoke/*/begun")):
+    while not list(report.RUNS.glob("smoke/*/begun")):
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate()[1] == b"error: interrupted: type the same command to resume\n"
-    saved, logs = (list(tables.RUNS.glob(f"smoke/{name}")) for name in ("*/saved", "*.log"))
+    saved, logs = (list(report.RUNS.glob(f"smoke/{name}")) for name in ("*/saved", "*.log"))
     assert process.returncode == 130 and len(saved) == len(logs) == 1
 
 
