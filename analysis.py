@@ -358,7 +358,8 @@ def one_more_round(folder: str | Path) -> tuple[Experiment, dict[int, Any]]:
     Raises ValueError if the folder holds no run, or the run of a method without uploads.
     """
     try:
-        experiment, progress, _, _ = run.set_up(["--resume", "--out", str(folder)])
+        experiment, progress, _, _ = run.set_up(["--resume", "--out", str(folder)],
+                                                  once_more=True)
         if experiment.method.server_update is None:
             raise ValueError(f"clients send nothing in {folder}: choose a run of another --method")
         tasks = run.make_tasks(experiment, progress.round + 1, progress.server, progress.memory,

@@ -228,10 +228,12 @@ def settings_to_resume(out: Path, typed: dict) -> dict:
 
 # ------------------------------------------------------------------------------- set-up of a run
 
-def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Path] | None:
+def set_up(argv: list[str] | None, *, once_more: bool = False,
+           ) -> tuple[Experiment, Progress, list[dict], Path] | None:
     """From the command line to an experiment, its progress and metrics so far, and its folder.
 
-    None: the run is finished.  Raises ValueError or OSError if the user has to change something.
+    None: the run is finished, unless it is to be set up once more.
+    Raises ValueError or OSError if the user has to change something.
     """
     typed = read_command_line(argv)
     resume, out = typed.pop("resume", False), typed.pop("out", None)
@@ -244,7 +246,7 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
 
     # Rank 0 reads for all ranks.  Equal bits need equal thread counts in all ranks.
     torch.set_num_threads(ranks.num_cores())
-    inputs = ranks.on_rank(0, partial(read_inputs, typed, out, resume, start_from))
+    inputs = ranks.on_rank(0, partial(read_inputs, typed, out, resume, start_from, once_more))
     if inputs is None:
         return None
     settings, split, progress, history = inputs
@@ -262,8 +264,9 @@ def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Pa
     return experiment, progress, history, out
 
 
-def read_inputs(typed: dict, out: Path, resume: bool, start_from: str | None = None,
-                ) -> tuple[dict, partitions.Split, Progress, list[dict]] | None:
+def read_inputs(
+        typed: dict, out: Path, resume: bool, start_from: str | None = None,
+        once_more: bool = False) -> tuple[dict, partitions.Split, Progress, list[dict]] | None:
     """Claim the folder of a run, and read its files and data.
 
     Returns settings, split data, progress and the lines of metrics.jsonl so far; None after the
@@ -278,7 +281,7 @@ def read_inputs(typed: dict, out: Path, resume: bool, start_from: str | None = N
     if resume:
         settings = settings_to_resume(out, typed)
         result = files.finished_result(out, settings)
-        if result is not None:
+        if result is not None and not once_more:
             print(f"the run in {out} is finished\n{pictures.result_text(result)}")
             return None
     settings |= {"versions": files.versions()}
