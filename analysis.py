@@ -7,10 +7,11 @@ each can be copied alone.  Then the questions: a run's trained networks; its cli
 round, before any average; an attack on its features; the figures of several runs (report.py).
 """
 
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import cache, partial
-from itertools import accumulate
+from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,6 +256,51 @@ def in_order(paper: Sequence[float], ours: Sequence[float]) -> tuple[int, int]:
     return sum(product > 0 for product in pairs), len(pairs)
 
 
+# --------------------------------------------------------------------------- numbers over the seeds
+
+Key = tuple[str, str]  # row and column of a table
+Values = dict[Key, list]  # a value per seed, None for a seed without one
+Papers = Mapping[Key, tuple]  # a paper's number, its standard deviation or None, its text
+
+
+def mean_and_spread(values: Sequence) -> tuple[Any, float | None]:
+    """Mean and standard deviation over the seeds that have a value.  Words stay as they are."""
+    present = [value for value in values if value is not None]
+    if not present or isinstance(present[0], str):
+        return (present[0] if present else None), None
+    return statistics.mean(present), statistics.stdev(present) if len(present) > 1 else None
+
+
+def of_common_seeds(by_key: Mapping[Key, Sequence]) -> dict[Key, Sequence]:
+    """Cells with runs (or values), each cut to the seeds that all of them in its column have."""
+    fewest: dict[str, int] = {}
+    for (_, column), per_seed in by_key.items():
+        if per_seed:
+            fewest[column] = min(len(per_seed), fewest.get(column, len(per_seed)))
+    return {key: per_seed[:fewest[key[1]]] for key, per_seed in by_key.items() if per_seed}
+
+
+def agreement(values: Values, papers: Papers) -> dict[str, tuple[int, int]]:
+    """Column -> number of pairs of rows in the paper's order, number of pairs to compare."""
+    columns: dict[str, tuple[int, int]] = {}
+    keys = [key for key in values if values[key] and key in papers]
+    for pair in combinations(keys, 2):
+        column = pair[0][1]
+        if pair[1][1] != column:
+            continue
+
+        # Means over the seeds of both.  A row that misses a target with one of them comes last
+        means, seeds = [], min(len(values[key]) for key in pair)
+        for key in pair:
+            missed = column.endswith(", round") and None in values[key][:seeds]
+            means.append(float("inf") if missed else mean_and_spread(values[key][:seeds])[0])
+        printed = [papers[key][0] for key in pair]
+        if all(isinstance(number, (int, float)) for number in means + printed):
+            counts = columns.get(column, (0, 0)), in_order(printed, means)
+            columns[column] = tuple(map(sum, zip(*counts)))
+    return {column: counts for column, counts in columns.items() if counts[1]}
+
+
 # ------------------------------------------------------------------------ trained networks of a run
 
 class TrainedNetwork(nn.Module):
@@ -452,13 +498,10 @@ def attack(folder: str | Path, data_dir: str, *, steps: int, level: float,
 
 # -------------------------------------------------------------------------- figures of several runs
 
-Key = tuple[str, str]  # row and column of a table
-
-
 class Measured(NamedTuple):
     """Numbers of a table or figure."""
 
-    values: dict[Key, list]  # a value per seed, None for a seed without one
+    values: Values
     notes: Sequence[str] = ()  # sentences to print with them
     draw: Callable | None = None  # (file, title=); None: values beside the paper's
 

@@ -323,6 +323,18 @@ def partition_table(counts: Sequence[Sequence[int]], archs: Sequence[str], names
     return "\n".join(lines + remarks)
 
 
+def number_text(value: Any, spread: float | None, paper_text: str) -> str:
+    """Mean and its standard deviation, with as many decimals as the paper's number has."""
+    # Words and whole numbers stay as they are
+    if value is None or isinstance(value, str) or isinstance(value, int) and spread is None:
+        return "–" if value is None else str(value)
+    digits = 1 if abs(value) >= 10 else 2
+    if paper_text:
+        digits = max(1, len(paper_text.split(" ")[0].partition(".")[2]))
+    text = f"{value:.{digits}f}"
+    return text if spread is None else f"{text} ± {spread:.{digits}f}"
+
+
 def result_text(result: Mapping) -> str:
     """The content of result.json as sentences."""
     # AP-FL's models after the last round

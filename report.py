@@ -21,7 +21,7 @@ from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import combinations, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,8 +34,10 @@ import files
 import partitions
 import pictures
 import run
-from analysis import Key, Measured
+from analysis import (Key, Measured, Papers, Values, agreement, mean_and_spread,
+                      of_common_seeds)
 from experiments import cells, flags_of, run_id
+from pictures import number_text
 
 RUNS, RESULTS = Path("runs/tables"), Path("results")
 PAPERS = Path(__file__).with_name("results") / "papers.csv"
@@ -43,8 +45,6 @@ TARGETS = {"Fashion-MNIST": 85, "SVHN": 80, "CIFAR-10": 60}  # percent, FedIN, T
 TARGET_SOURCE = "(below the paper's scale nine tenths of FedAvg's last accuracy, non-IID, by seed)"
 
 Lines = Mapping[Key, list[dict]]  # lines of runs.jsonl for seeds 0, 1, ...
-Values = dict[Key, list]  # a value per seed, None for a seed without one
-Papers = Mapping[Key, tuple]  # a paper's number, its standard deviation or None, its text
 
 
 # --------------------------------------------------------------------------------------- runs.jsonl
@@ -163,15 +163,6 @@ def with_rounds(table: Mapping, lines: Lines, args: Namespace) -> Measured:
     return Measured(values, [f"Targets, %: {', '.join(texts)} {TARGET_SOURCE}."] if texts else [])
 
 
-def of_common_seeds(by_key: Mapping[Key, Sequence]) -> dict[Key, Sequence]:
-    """Cells with runs (or values), each cut to the seeds that all of them in its column have."""
-    fewest: dict[str, int] = {}
-    for (_, column), per_seed in by_key.items():
-        if per_seed:
-            fewest[column] = min(len(per_seed), fewest.get(column, len(per_seed)))
-    return {key: per_seed[:fewest[key[1]]] for key, per_seed in by_key.items() if per_seed}
-
-
 def mean_curves(lines: Lines, weight: float) -> dict[str, dict[str, tuple]]:
     """Column -> row -> rounds, mean accuracy and its standard deviation over seeds, smoothed."""
     panels: dict[str, dict] = {}
@@ -267,26 +258,6 @@ def papers_numbers() -> dict[str, Papers]:
     return tables
 
 
-def mean_and_spread(values: Sequence) -> tuple[Any, float | None]:
-    """Mean and standard deviation over the seeds that have a value.  Words stay as they are."""
-    present = [value for value in values if value is not None]
-    if not present or isinstance(present[0], str):
-        return (present[0] if present else None), None
-    return statistics.mean(present), statistics.stdev(present) if len(present) > 1 else None
-
-
-def number_text(value: Any, spread: float | None, paper_text: str) -> str:
-    """A mean and its standard deviation, with as many decimals as the paper's number has."""
-    # Words and whole numbers stay as they are
-    if value is None or isinstance(value, str) or isinstance(value, int) and spread is None:
-        return "–" if value is None else str(value)
-    digits = 1 if abs(value) >= 10 else 2
-    if paper_text:
-        digits = max(1, len(paper_text.split(" ")[0].partition(".")[2]))
-    text = f"{value:.{digits}f}"
-    return text if spread is None else f"{text} ± {spread:.{digits}f}"
-
-
 def cell_text(key: Key, values: Values, papers: Papers) -> str:
     """A cell in Markdown: the paper's number if the table has any, a slash, ours."""
     per_seed, (*_, paper_text) = values.get(key, []), papers.get(key, ("",))
@@ -295,27 +266,6 @@ def cell_text(key: Key, values: Values, papers: Papers) -> str:
     if 0 < reached < len(per_seed):  # not every seed reached the target
         text += f" ({reached} of {len(per_seed)})"
     return f"{paper_text or '–'} / {text}" if papers else text
-
-
-def agreement(values: Values, papers: Papers) -> dict[str, tuple[int, int]]:
-    """Column -> number of pairs of rows in the paper's order, number of pairs to compare."""
-    columns: dict[str, tuple[int, int]] = {}
-    keys = [key for key in values if values[key] and key in papers]
-    for pair in combinations(keys, 2):
-        column = pair[0][1]
-        if pair[1][1] != column:
-            continue
-
-        # Means over the seeds of both.  A row that misses a target with one of them comes last
-        means, seeds = [], min(len(values[key]) for key in pair)
-        for key in pair:
-            missed = column.endswith(", round") and None in values[key][:seeds]
-            means.append(float("inf") if missed else mean_and_spread(values[key][:seeds])[0])
-        printed = [papers[key][0] for key in pair]
-        if all(isinstance(number, (int, float)) for number in means + printed):
-            counts = columns.get(column, (0, 0)), analysis.in_order(printed, means)
-            columns[column] = tuple(map(sum, zip(*counts)))
-    return {column: counts for column, counts in columns.items() if counts[1]}
 
 
 def markdown(name: str, table: Mapping, values: Values, papers: Papers,

@@ -228,7 +228,7 @@ def test_rounds_to_the_target_and_speed():
 def test_rows_are_compared_over_the_seeds_of_both(fedin, moon, column, counts):
     papers = {("FedIN", column): (9.0, None, ""), ("MOON", column): (20.0, None, "")}
     values = {("FedIN", column): fedin, ("MOON", column): moon}
-    assert report.agreement(values, papers).get(column) == counts
+    assert analysis.agreement(values, papers).get(column) == counts
 
 
 def test_curves_and_sweeps_are_means_over_the_seeds_that_all_have():
