@@ -323,7 +323,7 @@ def partition_table(counts: Sequence[Sequence[int]], archs: Sequence[str], names
     return "\n".join(lines + remarks)
 
 
-def number_text(value: Any, spread: float | None, paper_text: str) -> str:
+def number_text(value: float | str | None, spread: float | None, paper_text: str) -> str:
     """Mean and its standard deviation, with as many decimals as the paper's number has."""
     # Words and whole numbers stay as they are
     if value is None or isinstance(value, str) or isinstance(value, int) and spread is None:
