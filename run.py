@@ -318,6 +318,8 @@ def start_after(folder: Path, out: Path, first: Progress, experiment: Experiment
 
     Raises ValueError if that run is not finished, or differs in what its rounds depend on.
     """
+    if not files.has_run(folder):
+        raise ValueError(f"there is no run in {folder} to start from: check --start-from")
     other = files.read_config(folder)
     if files.finished_result(folder, other) is None:
         raise ValueError(f"the run in {folder} is not finished: finish it by python run.py "

@@ -212,7 +212,7 @@ def test_a_run_may_start_after_the_rounds_of_one_with_other_stages(tmp_path, who
         assert not (tmp_path / "other").exists()
     (tmp_path / "first" / "result.json").unlink()
     for out, words in (("first", "is not finished: finish it by python run.py --resume --out"),
-                       ("nowhere", "there is no run in")):
+                       ("nowhere", "to start from: check --start-from")):
         error = refused(capsys, *flags, "--start-from", str(tmp_path / out), "--out",
                         str(tmp_path / "other"))
         assert words in error and not (tmp_path / "other").exists()
