@@ -301,7 +301,10 @@ def train_clients(experiment: Experiment, update: Callable, tasks: Sequence[Task
     work = sorted((task for task in tasks if owner[task.client.id] == ranks.number()),
                   key=lambda task: cost[task.client.id], reverse=True)
 
-    pool, results = worker_threads(settings["workers"], settings["threads"]), {}
+    # On a GPU every worker has a stream of its own, and there are not more.
+    on_gpu = experiment.server_place.stream is not None
+    workers = min(settings["workers"], graphs.STREAMS - 1) if on_gpu else settings["workers"]
+    pool, results = worker_threads(workers, settings["threads"]), {}
     futures = {task.client.id: pool.submit(train_client, experiment, update, task)
                for task in work}
     try:
@@ -319,8 +322,7 @@ def train_clients(experiment: Experiment, update: Callable, tasks: Sequence[Task
 def worker_threads(workers: int, threads: int) -> ThreadPoolExecutor:
     """Worker threads of this process, each with intra-op threads of its own."""
     # They last, since on a GPU a thread holds what its graphs need.
-    return ThreadPoolExecutor(min(workers, graphs.STREAMS - 1),
-                              initializer=torch.set_num_threads, initargs=(threads,))
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
 
 
 def train_client(experiment: Experiment, update: Callable, task: Task) -> Result:

@@ -3,7 +3,7 @@
     python tables.py --list                          names, and the number of runs at a scale
     python tables.py all --scale smoke               everything, tiny, to see that it works
     python tables.py fedin-1 --scale small           FedIN, Table 1
-    python tables.py fedin-1 --scale small --commands > todo.txt
+    python tables.py fedin-1 --scale small --commands > runs.txt
                                                      the missing runs as commands, longest first
 
 experiments.py lists the runs.  They lie in runs/tables/SCALE.  Every command may be repeated: it
