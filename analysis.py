@@ -470,18 +470,21 @@ class Attack(NamedTuple):
     ssim: float  # mean over the images
 
 
-def attack(folder: str | Path, data_dir: str, *, steps: int, level: float,
+def attack(folder: str | Path, *, steps: int = 100_000, level: float | None = None,
            count: int = 8) -> tuple[Tensor, Attack]:
     """Reconstruct images from the features that a finished run's ResNet18 makes of them.
 
-    level: noise on the features (FedIN, Sec. 4.3), in standard deviations of the features
+    steps: in the paper a million
+    level: noise on the features (FedIN, Sec. 4.3), in standard deviations of the features; None:
+        the run's own --noise
     count: number of images; the first test images, which the network was not trained on
     Returns the true images (count, C, H, W) uint8, and the outcome.
     """
     # Features as a client sends them
     settings = files.read_config(Path(folder))
     trained = trained_network(folder, "resnet18")
-    images = data.load(settings["dataset"], data_dir).x_test[:count]
+    images = data.load(settings["dataset"], settings.get("data_dir", "data")).x_test[:count]
+    level = settings.get("noise", 0.0) if level is None else level
     noise, start = (data.torch_stream(settings["seed"], purpose)
                     for purpose in (data.FEATURE_NOISE, data.NOISE))
     with torch.no_grad():
@@ -567,13 +570,11 @@ def scattered(folders: Mapping[Key, Path], *, archs: Sequence[str], count: int,
                     partial(pictures.draw_points, points=panels))
 
 
-def attacked(folders: Mapping[Key, Path], *, levels: Mapping[Key, float], steps: int,
-             data_dir: str, with_losses: bool) -> Measured:
+def attacked(folders: Mapping[Key, Path], *, steps: int = 100_000, with_losses: bool) -> Measured:
     """Attack on features of each run's ResNet18, with the noise of its training (Fig. 4, 10)."""
     images, losses, values = {}, {}, {}
-    for (row, column), folder in folders.items():
-        images["true images"], outcome = _attacked(folder, data_dir, steps=steps,
-                                                   level=levels[row, column])
+    for (row, _), folder in folders.items():
+        images["true images"], outcome = _attacked(folder, steps=steps)
         images[row], losses[row] = outcome.images, outcome.losses
         values[row, "loss at the end"] = [outcome.losses[-1]]
         values[row, "variance of the noise"] = [outcome.noise]

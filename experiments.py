@@ -12,17 +12,16 @@ tables and figures; AP-FL's; the run of a cell.
 import hashlib
 import json
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import data
 import run
 import semantics
-from settings import AFTER_ROUNDS
 
 # ------------------------------------------------------------------------------------------- scales
 
-# Flags by --setting, on top of its own values, and by method.
+# Flags by --setting, on top of its own values, and by method; options of a "report".
 SMOKE = {"rounds": 2, "local_epochs": 1, "test_images": 60, "eval_every": 1, "checkpoint_every": 2}
 NARROW = {f"method {name}": {"model": "resnet18-widths"}  # in place of ResNet152
           for name in ("heterofl", "fedrolex", "scalefl")}
@@ -33,7 +32,7 @@ SCALES = {
         "apfl": SMOKE | {"train_images": 400},
         "method apfl": {"generator_steps": 3, "generator_batch": 2, "synthetic_per_class": 2,
                         "friend_epochs": 1},
-        "method feddf": {"distillation_steps": 5}, **NARROW},
+        "method feddf": {"distillation_steps": 5}, "attacked": {"steps": 50}, **NARROW},
     "small": {
         "fedin": {"clients": 20, "participation": 0.25, "rounds": 20, "local_epochs": 1,
                   "train_images": 5000, "test_images": 1000, "eval_every": 4},
@@ -41,7 +40,7 @@ SCALES = {
                  "eval_every": 2},
         "method apfl": {"generator_steps": 60, "generator_batch": 10, "synthetic_per_class": 100,
                         "friend_epochs": 3},
-        "method feddf": {"distillation_steps": 100}, **NARROW},
+        "method feddf": {"distillation_steps": 100}, "attacked": {"steps": 5000}, **NARROW},
     # headline figures
     "medium": {
         "fedin": {"clients": 20, "participation": 0.25, "rounds": 20, "local_epochs": 2,
@@ -49,20 +48,16 @@ SCALES = {
         "apfl": {"rounds": 10, "local_epochs": 5, "train_images": 10_000},
         "method apfl": {"generator_steps": 120, "generator_batch": 10, "synthetic_per_class": 100,
                         "friend_epochs": 5},
-        "method feddf": {"distillation_steps": 100}, **NARROW},
+        "method feddf": {"distillation_steps": 100}, "attacked": {"steps": 5000}, **NARROW},
     # FedIN's own setting, until FedIN, FedProx and FedAvg have the paper's 60 % on CIFAR-10
     "cut": {"fedin": {"rounds": 110}},
     "paper": {"fedin": {"eval_every": 1}, "apfl": {}}}
 SEEDS = {"smoke": 1, "small": 3, "medium": 5, "cut": 1, "paper": 3}  # 0, 1, ...; by default
 
-# FedIN's Table 5: number of clients in the paper -> number here; participants per round
-CLIENTS = {"smoke": {10: 5, 20: 6, 50: 7, 100: 8, 200: 9},
-           "small": {10: 5, 20: 8, 50: 12, 100: 20, 200: 40}}
-PARTICIPANTS = {"smoke": 2, "small": 5, "medium": 5}  # else the paper's numbers, and 10
-# AP-FL's Fig. 5: synthetic samples per class
+# Columns that differ by scale, by default the paper's: FedIN's Table 5, number of clients; AP-FL's
+# Fig. 5, synthetic samples per class
+CLIENTS = {"smoke": (5, 8), "small": (10, 20, 50), "medium": (10, 20, 50, 100)}
 SAMPLES = {"smoke": (2, 4), "small": (10, 30, 100, 200), "medium": (10, 30, 100, 200)}
-# FedIN's Fig. 4 and 10: steps of the attack, in the paper a million
-ATTACK_STEPS = {"smoke": 50, "small": 5000, "medium": 5000}
 
 # -------------------------------------------------------------------------------------------- FedIN
 
@@ -93,97 +88,83 @@ SIX_COLUMNS = {
     "SVHN, IID": SVHN | IID, "SVHN, Non-IID": SVHN | NON_IID, **CIFAR_SPLITS}
 
 FEDIN_TABLES = {
-    "fedin": {
-        "title": "headline: accuracy, %, non-IID", "papers": "fedin-1",
-        "rows": FOUR, "columns": SKEWED},
+    "fedin": {"title": "headline: accuracy, %, non-IID", "papers": "fedin-1",
+              "rows": FOUR, "columns": SKEWED},
     "fedin-1": {
         "title": "Table 1: accuracy, %; rounds to the target in non-IID, and how many times fewer "
                  "than FedAvg",
         "rows": TWELVE, "columns": SIX_COLUMNS, "report": ("with_rounds", {})},
-    "fedin-2a": {
-        "title": "Table 2a: accuracy, %, all clients with ResNet18",
-        "rows": {name: TWELVE[name] | {"model": "resnet18"}
-                 for name in ("FedProx", "Scaffold", "FedNova", "MOON", "FedIN")},
-        "columns": CIFAR_SPLITS},
-    "fedin-2b": {
-        "title": "Table 2b: accuracy, %, without one part",
-        "rows": ABLATIONS, "columns": CIFAR_SPLITS},
-    "fedin-3": {
-        "title": "Table 3: accuracy, %, averages within each architecture alone",
-        "rows": {name: TWELVE[name] | {"aggregation": "per-architecture"} for name in (
-            "FedAvg", "FedProx", "Scaffold", "FedNova", "MOON", "InclusiveFL", "FedIN")},
-        "columns": {"Fashion-MNIST, IID": FASHION | IID,
-                    "Fashion-MNIST, Non-IID": FASHION | NON_IID}},
-    "fedin-4": {
-        "title": "Table 4: cost of a method",
-        "rows": {name: TWELVE[name] for name in (
-            "FedAvg", "Scaffold", "MOON", "HeteroFL", "FedRolex", "FedIN")},
-        "columns": SKEWED_CIFAR, "report": ("overheads", {})},
-    "fedin-5": {  # its columns are in tables
-        "title": "Table 5: accuracy, %, by the number of clients, CIFAR-10", "rows": THREE},
-    "fedin-6": {
-        "title": "Table 6: accuracy, %, by the noise on the features, non-IID",
-        "rows": {f"noise {level:g}": FEDIN | {"noise": level}
-                 for level in (0.0, 0.1, 0.2, 0.5, 0.8, 1.0, 2.0, 3.0, 5.0)},
-        "columns": {"Fashion-MNIST": FASHION | NON_IID, "SVHN": SVHN | NON_IID,
-                    "CIFAR-10": CIFAR | NON_IID}},
-    "fedin-noise-on": {
-        "title": "place of the noise: accuracy, %, non-IID (not in the paper)",
-        "rows": {"no noise": FEDIN, "every forward pass": NOISY,
-                 "upload alone": NOISY | {"noise_on": "upload"}}, "columns": SKEWED},
-    "methods": {
-        "title": "every method in its setting: accuracy, %, non-IID",
-        "rows": {"Local": {"method": "local"}, **TWELVE,
-                 **{f"{name}, CNN": {"method": method, "model": "cnn"} for name, method in (
-                     ("FedAvg", "fedavg"), ("FedAvg-FT", "fedavg-ft"), ("FedGen", "fedgen"),
-                     ("FedDF", "feddf"), ("AP-FL", "apfl"))}},
-        "columns": SKEWED}}
+    "fedin-2a": {"title": "Table 2a: accuracy, %, all clients with ResNet18",
+                 "rows": {name: TWELVE[name] | {"model": "resnet18"}
+                          for name in ("FedProx", "Scaffold", "FedNova", "MOON", "FedIN")},
+                 "columns": CIFAR_SPLITS},
+    "fedin-2b": {"title": "Table 2b: accuracy, %, without one part",
+                 "rows": ABLATIONS, "columns": CIFAR_SPLITS},
+    "fedin-3": {"title": "Table 3: accuracy, %, averages within each architecture alone",
+                "rows": {name: TWELVE[name] | {"aggregation": "per-architecture"} for name in (
+                    "FedAvg", "FedProx", "Scaffold", "FedNova", "MOON", "InclusiveFL", "FedIN")},
+                "columns": {"Fashion-MNIST, IID": FASHION | IID,
+                            "Fashion-MNIST, Non-IID": FASHION | NON_IID}},
+    "fedin-4": {"title": "Table 4: cost of a method",
+                "rows": {name: TWELVE[name] for name in (
+                    "FedAvg", "Scaffold", "MOON", "HeteroFL", "FedRolex", "FedIN")},
+                "columns": SKEWED_CIFAR, "report": ("overheads", {})},
+    # its columns are in tables, below
+    "fedin-5": {"title": "Table 5: accuracy, %, by the number of clients, CIFAR-10", "rows": THREE},
+    "fedin-6": {"title": "Table 6: accuracy, %, by the noise on the features, non-IID",
+                "rows": {f"noise {level:g}": FEDIN | {"noise": level}
+                         for level in (0.0, 0.1, 0.2, 0.5, 0.8, 1.0, 2.0, 3.0, 5.0)},
+                "columns": {"Fashion-MNIST": FASHION | NON_IID, "SVHN": SVHN | NON_IID,
+                            "CIFAR-10": CIFAR | NON_IID}},
+    "fedin-noise-on": {"title": "place of the noise: accuracy, %, non-IID (not in the paper)",
+                       "rows": {"no noise": FEDIN, "every forward pass": NOISY,
+                                "upload alone": NOISY | {"noise_on": "upload"}}, "columns": SKEWED},
+    "methods": {"title": "every method in its setting: accuracy, %, non-IID",
+                "rows": {"Local": {"method": "local"}, **TWELVE,
+                         **{f"{name}, CNN": {"method": method, "model": "cnn"} for name, method in (
+                             ("FedAvg", "fedavg"), ("FedAvg-FT", "fedavg-ft"), ("FedGen", "fedgen"),
+                             ("FedDF", "feddf"), ("AP-FL", "apfl"))}},
+                "columns": SKEWED}}
 
-SMOOTHED = ("curves", {"goal": "CIFAR-10", "weight": 0.6})  # weight: not given in the papers
-# Figures with "networks" need the checkpoints of their runs, and take one seed.
+# Figures with "networks" need the checkpoints of their runs, and take one seed.  The weight of the
+# smoothing is not given in the papers.
 FEDIN_FIGURES = {
-    "fedin-fig3": {
-        "title": "Fig. 3: features s_out of five architectures, t-SNE",
-        "rows": {"FedAvg": FEDAVG}, "columns": SKEWED_CIFAR, "networks": True,
-        "report": ("scattered", {"archs": ("resnet10", "resnet14", "resnet18", "resnet22",
-                                           "resnet26"), "count": 100, "label": None})},
-    "fedin-fig4": {
-        "title": "Fig. 4: images reconstructed from features",
-        "rows": WITH_NOISE, "columns": SKEWED_CIFAR, "networks": True,
-        "report": ("attacked", {"with_losses": False})},
-    "fedin-fig5": {
-        "title": "Fig. 5: smoothed accuracy, non-IID CIFAR-10",
-        "rows": TWELVE, "columns": SKEWED_CIFAR, "report": SMOOTHED},
-    "fedin-fig6ab": {
-        "title": "Fig. 6a and 6b: mean CKA between clients, by stage",
-        "rows": THREE, "columns": CIFAR_SPLITS, "networks": True,
-        "report": ("similarity", {"shown": "stages"})},
-    "fedin-fig6c": {
-        "title": "Fig. 6c: accuracy, %, by |S|, non-IID CIFAR-10",
-        "rows": {"FedIN": FEDIN | CIFAR | NON_IID},
-        "columns": {str(size): {"feature_batch_size": size} for size in (8, 16, 32, 64, 128)},
-        "report": ("swept", {"label": "features in a batch, |S|"})},
-    "fedin-fig6d": {  # the axis is not readable in our copy
-        "title": "Fig. 6d: accuracy, %, by the number of batches, non-IID CIFAR-10",
-        "rows": {"FedIN": FEDIN | CIFAR | NON_IID},
-        "columns": {str(count): {"feature_batches": count} for count in (1, 2, 3, 4, 5)},
-        "report": ("swept", {"label": "batches of features"})},
-    "fedin-fig7": {
-        "title": "Fig. 7: CKA between clients, stages 2 and 3, non-IID CIFAR-10",
-        "rows": THREE, "columns": SKEWED_CIFAR, "networks": True,
-        "report": ("similarity", {"shown": "maps"})},
-    "fedin-fig8": {
-        "title": "Fig. 8: stage 3 features of one class, t-SNE, non-IID CIFAR-10",
-        "rows": THREE, "columns": SKEWED_CIFAR, "networks": True,
-        "report": ("scattered", {"archs": ("resnet10", "resnet14", "resnet26"), "count": 200,
-                                 "label": 0})},
-    "fedin-fig9": {
-        "title": "Fig. 9: smoothed accuracy, ablations, non-IID CIFAR-10",
-        "rows": ABLATIONS, "columns": SKEWED_CIFAR, "report": ("curves", {"weight": 0.6})},
-    "fedin-fig10": {
-        "title": "Fig. 10: reconstruction from features, with and without noise",
-        "rows": WITH_NOISE, "columns": SKEWED_CIFAR, "networks": True,
-        "report": ("attacked", {"with_losses": True})}}
+    "fedin-fig3": {"title": "Fig. 3: features s_out of five architectures, t-SNE",
+                   "rows": {"FedAvg": FEDAVG}, "columns": SKEWED_CIFAR, "networks": True,
+                   "report": ("scattered", {"count": 100, "label": None, "archs": (
+                       "resnet10", "resnet14", "resnet18", "resnet22", "resnet26")})},
+    "fedin-fig4": {"title": "Fig. 4: images reconstructed from features",
+                   "rows": WITH_NOISE, "columns": SKEWED_CIFAR, "networks": True,
+                   "report": ("attacked", {"with_losses": False})},
+    "fedin-fig5": {"title": "Fig. 5: smoothed accuracy, non-IID CIFAR-10",
+                   "rows": TWELVE, "columns": SKEWED_CIFAR,
+                   "report": ("curves", {"weight": 0.6, "goal": "CIFAR-10"})},
+    "fedin-fig6ab": {"title": "Fig. 6a and 6b: mean CKA between clients, by stage",
+                     "rows": THREE, "columns": CIFAR_SPLITS, "networks": True,
+                     "report": ("similarity", {"shown": "stages"})},
+    "fedin-fig6c": {"title": "Fig. 6c: accuracy, %, by |S|, non-IID CIFAR-10",
+                    "rows": {"FedIN": FEDIN | CIFAR | NON_IID},
+                    "columns": {str(size): {"feature_batch_size": size}
+                                for size in (8, 16, 32, 64, 128)},
+                    "report": ("swept", {"label": "features in a batch, |S|"})},
+    # the paper's axis is not readable in our copy
+    "fedin-fig6d": {"title": "Fig. 6d: accuracy, %, by the number of batches, non-IID CIFAR-10",
+                    "rows": {"FedIN": FEDIN | CIFAR | NON_IID},
+                    "columns": {str(count): {"feature_batches": count} for count in range(1, 6)},
+                    "report": ("swept", {"label": "batches of features"})},
+    "fedin-fig7": {"title": "Fig. 7: CKA between clients, stages 2 and 3, non-IID CIFAR-10",
+                   "rows": THREE, "columns": SKEWED_CIFAR, "networks": True,
+                   "report": ("similarity", {"shown": "maps"})},
+    "fedin-fig8": {"title": "Fig. 8: stage 3 features of one class, t-SNE, non-IID CIFAR-10",
+                   "rows": THREE, "columns": SKEWED_CIFAR, "networks": True,
+                   "report": ("scattered", {"count": 200, "label": 0, "archs": (
+                       "resnet10", "resnet14", "resnet26")})},
+    "fedin-fig9": {"title": "Fig. 9: smoothed accuracy, ablations, non-IID CIFAR-10",
+                   "rows": ABLATIONS, "columns": SKEWED_CIFAR,
+                   "report": ("curves", {"weight": 0.6})},
+    "fedin-fig10": {"title": "Fig. 10: reconstruction from features, with and without noise",
+                    "rows": WITH_NOISE, "columns": SKEWED_CIFAR, "networks": True,
+                    "report": ("attacked", {"with_losses": True})}}
 
 # -------------------------------------------------------------------------------------------- AP-FL
 
@@ -199,27 +180,24 @@ FIVE_CLIENTS = {f"{name}, alpha {alpha:g}": SETS[name] | {"clients": 5, "alpha":
                 for name in ("CIFAR-10", "Fashion-MNIST") for alpha in (0.01, 0.1)}
 
 APFL_TABLES = {
-    "apfl": {
-        "title": "headline: accuracy on the whole test set, %, five clients",
-        "rows": {"FedAvg": SEVEN["FedAvg"], **{
-            f"AP-FL, {kind} models": APFL | {"value": f"{kind}_accuracy"}
-            for kind in ("client", "friend", "personalised")}}, "columns": FIVE_CLIENTS},
-    "apfl-1": {
-        "title": "Table 1: classes of each client in the dropout setting",
-        "rows": {}, "columns": {}, "report": ("dealt_classes", {})},
-    "apfl-2": {
-        "title": "Table 2: accuracy on the whole test set, %", "rows": SEVEN,
-        "columns": {f"{name}, {clients} clients, alpha {alpha:g}":
-                    SETS[name] | {"clients": clients, "alpha": alpha}
-                    for name in SETS for clients in (5, 10) for alpha in (0.01, 0.05, 0.1)
-                    if alpha == 0.1 or name != "Fashion-MNIST"}},
-    "apfl-3": {  # AP-FL's client models are FedAvg-FT's
-        "title": "Table 3: accuracy of the dropout client on the whole test set, %",
-        "rows": {"Local": {"method": "local", "value": "dropout_accuracy"},
-                 "FedAvg-FT": APFL | {"value": "dropout_client_accuracy"},
-                 "AP-FL": APFL | {"value": "dropout_personalised_accuracy"}},
-        "columns": {f"{name}, {percent} % missing": SETS[name] | {"missing_classes": percent / 100}
-                    for name in SETS for percent in (10, 20)}},
+    "apfl": {"title": "headline: accuracy on the whole test set, %, five clients",
+             "rows": {"FedAvg": SEVEN["FedAvg"], **{
+                 f"AP-FL, {kind} models": APFL | {"value": f"{kind}_accuracy"}
+                 for kind in ("client", "friend", "personalised")}}, "columns": FIVE_CLIENTS},
+    "apfl-1": {"title": "Table 1: classes of each client in the dropout setting",
+               "rows": {}, "columns": {}, "report": ("dealt_classes", {})},
+    "apfl-2": {"title": "Table 2: accuracy on the whole test set, %", "rows": SEVEN,
+               "columns": {f"{name}, {clients} clients, alpha {alpha:g}":
+                           SETS[name] | {"clients": clients, "alpha": alpha}
+                           for name in SETS for clients in (5, 10) for alpha in (0.01, 0.05, 0.1)
+                           if alpha == 0.1 or name != "Fashion-MNIST"}},
+    # AP-FL's client models are FedAvg-FT's
+    "apfl-3": {"title": "Table 3: accuracy of the dropout client on the whole test set, %",
+               "rows": {"Local": {"method": "local", "value": "dropout_accuracy"},
+                        "FedAvg-FT": APFL | {"value": "dropout_client_accuracy"},
+                        "AP-FL": APFL | {"value": "dropout_personalised_accuracy"}},
+               "columns": {f"{name}, {percent} % missing": SETS[name] | {
+                   "missing_classes": percent / 100} for name in SETS for percent in (10, 20)}},
     "apfl-4": {
         "title": "Table 4: accuracy of friend models on clients' own shares of the test set, %; "
                  "A_n: participants, A_d: the dropout client",
@@ -233,16 +211,15 @@ APFL_TABLES = {
         "rows": SEVEN, "report": ("curves", {"weight": 0.0}),
         "columns": {name: SETS[name] | {"clients": 5, "alpha": alpha}
                     for name, alpha in zip(SETS, (0.01, 0.05, 0.1, 0.1))}},
-    "apfl-fig5a": {
-        "title": "Fig. 5: friend models' accuracy, %, by the length of the noise",
-        "rows": {name: APFL | SETS[name.split(" ")[0]] | {
-            "clients": 10, "alpha": 0.1, "value": "friend_accuracy"}
-            for name in ("CIFAR-10", "EMNIST", "Fashion-MNIST (not in the paper)")},
-        "columns": {str(size): {"noise_dim": size} for size in (20, 100, 400, 512)},
-        "report": ("swept", {"label": "length of z"})},
-    "apfl-fig5b": {  # its rows and columns are in tables
-        "title": "Fig. 5: friend models' accuracy, %, by the number of samples",
-        "report": ("swept", {"label": "synthetic samples per class"})},
+    "apfl-fig5a": {"title": "Fig. 5: friend models' accuracy, %, by the length of the noise",
+                   "rows": {name: APFL | SETS[name.split(" ")[0]] | {
+                       "clients": 10, "alpha": 0.1, "value": "friend_accuracy"}
+                       for name in ("CIFAR-10", "EMNIST", "Fashion-MNIST (not in the paper)")},
+                   "columns": {str(size): {"noise_dim": size} for size in (20, 100, 400, 512)},
+                   "report": ("swept", {"label": "length of z"})},
+    # its rows and columns are in tables, below
+    "apfl-fig5b": {"title": "Fig. 5: friend models' accuracy, %, by the number of samples",
+                   "report": ("swept", {"label": "synthetic samples per class"})},
     "apfl-readings": {
         "title": "teacher and distance of the generator: personalised models' accuracy, %, five "
                  "clients (not in the paper)",
@@ -253,12 +230,11 @@ APFL_TABLES = {
 
 def tables(scale: str) -> dict[str, dict]:
     """All tables and figures at a scale.  The papers' other figures are drawings."""
-    # Columns that differ by scale
-    count = PARTICIPANTS.get(scale, 10)
+    # Columns that differ by scale; ten participants per round (not given in the paper)
     clients = {f"{split}, {number} clients": CIFAR | flags | {
-        "clients": here, "participation": count / here}
-        for split, flags in (("IID", IID), ("Non-IID", NON_IID)) for number, here in
-        CLIENTS.get(scale, {number: number for number in (10, 20, 50, 100, 200)}).items()}
+        "clients": number, "participation": min(1.0, 10 / number)}
+        for split, flags in (("IID", IID), ("Non-IID", NON_IID))
+        for number in CLIENTS.get(scale, (10, 20, 50, 100, 200))}
     samples = {str(number): {"synthetic_per_class": number}
                for number in SAMPLES.get(scale, (50, 200, 400, 600, 800, 1000))}
     here = {"fedin-5": {"columns": clients},
@@ -284,11 +260,14 @@ def cells(table: Mapping) -> dict[Key, dict]:
             for row, flags in table["rows"].items() for column, more in table["columns"].items()}
 
 
-def runs_of(table: Mapping, args: Namespace) -> dict[Key, list[dict]]:
-    """Row and column -> flags of run.py for seeds 0, 1, ..."""
-    seeds = range(1 if table.get("networks") else args.seeds)
-    return {key: [flags_of(table, flags, args, seed) for seed in seeds]
-            for key, flags in cells(table).items()}
+def runs_of(table: Mapping, args: Namespace) -> dict[Key, dict[str, dict]]:
+    """Row and column -> its runs for seeds 0, 1, ...: id -> flags of run.py."""
+    made: dict[Key, dict[str, dict]] = {}
+    for key, cell in cells(table).items():
+        for seed in range(1 if table.get("networks") else args.seeds):
+            flags = flags_of(table, cell, args, seed)
+            made.setdefault(key, {})[run_id(flags)] = flags
+    return made
 
 
 def flags_of(table: Mapping, cell: Mapping, args: Namespace, seed: int) -> dict:
@@ -309,34 +288,25 @@ def flags_of(table: Mapping, cell: Mapping, args: Namespace, seed: int) -> dict:
 def embeddings_of(cell: Mapping, data_dir: str) -> str:
     """Value of --semantics: embeddings-ENCODER-DATASET.npz in --data-dir, or else the encoder."""
     # A cell without an encoder takes CLIP, or word vectors if their file alone is there.
-    encoder = cell.get("semantics")
-    for choice in [encoder] if encoder else ["clip", "word2vec"]:
-        path = Path(data_dir) / f"embeddings-{choice}-{cell['dataset']}.npz"
-        if path.exists():
-            return str(path)
-    return encoder or "clip"
+    choices = [cell["semantics"]] if "semantics" in cell else ["clip", "word2vec"]
+    paths = (Path(data_dir) / f"embeddings-{name}-{cell['dataset']}.npz" for name in choices)
+    return next((str(path) for path in paths if path.exists()), choices[0])
 
 
 def run_id(flags: Mapping) -> str:
     """Name of a run: method, data set, seed, and ten digits that stand for all settings."""
-    digits = digits_of(run.resolve(dict(flags)))
-    return f"{flags['method']}-{Path(flags['dataset']).stem}-{flags['seed']}-{digits}"
+    return f"{flags['method']}-{Path(flags['dataset']).stem}-{flags['seed']}-{digits_of(flags)}"
 
 
-def digits_of(settings: Mapping) -> str:
-    """Ten digits that stand for all settings that change a number."""
+def digits_of(flags: Mapping, but: Collection[str] = ()) -> str:
+    """Ten digits that stand for all settings of a run that change a number, but for some names."""
     # Settings that are off do not count, so that a new flag of run.py changes no digit.
     decisive = {name: Path(value).name if isinstance(value, str) else value
-                for name, value in settings.items() if name not in MACHINE
+                for name, value in run.resolve(dict(flags)).items()
+                if name not in (*MACHINE, *but)
                 and value is not None and value is not False and value != []}
 
     # Embeddings from a file count as their encoder.
     if decisive.get("semantics", "").startswith("embeddings-"):
         decisive["semantics"] = decisive["semantics"].split("-")[1]
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:10]
-
-
-def rounds_id(flags: Mapping) -> str:
-    """Ten digits that stand for all settings that the rounds of a run depend on."""
-    settings = run.resolve(dict(flags))
-    return digits_of({name: value for name, value in settings.items() if name not in AFTER_ROUNDS})

@@ -20,10 +20,11 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -36,8 +37,7 @@ import pictures
 import run
 from analysis import (Key, Measured, Papers, Values, agreement, mean_and_spread,
                       of_common_seeds)
-from experiments import cells, flags_of, run_id
-from pictures import number_text
+from experiments import cells, flags_of
 
 RUNS, RESULTS = Path("runs/tables"), Path("results")
 PAPERS = Path(__file__).with_name("results") / "papers.csv"
@@ -54,26 +54,24 @@ def is_finished(folder: Path) -> bool:
     return (folder / "result.json").exists() and (folder / "checkpoint.pt").exists()
 
 
-def collect(jobs: Mapping[str, dict], scale: str) -> dict[str, dict]:
+def collect(runs: Mapping[str, dict], scale: str) -> dict[str, dict]:
     """Add lines of finished runs (id -> flags) to runs.jsonl; return all: id -> its last line."""
     known = recorded(scale)
-    for name, flags in jobs.items():
-        folder = RUNS / scale / name
-        if is_finished(folder):
-            result = json.loads((folder / "result.json").read_text())
-            if name not in known or known[name]["result"] != result:
-                known[name] = line_of(folder, name, flags, result)
-                append(scale, known[name])
+    for run_id, flags in runs.items():
+        folder = RUNS / scale / run_id
+        if is_finished(folder) and known.get(run_id) != (line := line_of(folder, flags)):
+            known[run_id] = line
+            append(scale, line)
     return known
 
 
-def line_of(folder: Path, name: str, flags: Mapping[str, Any], result: dict) -> dict:
+def line_of(folder: Path, flags: Mapping[str, Any]) -> dict:
     """Line of a finished run, with the commit, machine and versions that trained it."""
+    result, config = json.loads((folder / "result.json").read_text()), files.read_config(folder)
     entries = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-    config = files.read_config(folder)
-    versions = {"commit": "unknown", "machine": "unknown", **config["versions"]}
-    return {"id": name, "command": shlex.join(["python", "run.py", *run.command_line(flags)]),
-            **versions, "result": result, "rounds": [entry["round"] for entry in entries],
+    command = shlex.join(["python", "run.py", *run.command_line(flags)])
+    return {"id": folder.name, "command": command, **config["versions"], "result": result,
+            "rounds": [entry["round"] for entry in entries],
             "accuracy": [files.accuracy_in_rounds(entry) for entry in entries],
             "digests": config["digests"]}
 
@@ -92,15 +90,12 @@ def recorded(scale: str) -> dict[str, dict]:
     path, lines = RESULTS / scale / "runs.jsonl", {}
     texts = path.read_bytes().splitlines() if path.exists() else []
     for number, text in enumerate(texts, start=1):
-        try:
+        with suppress(ValueError, AttributeError, TypeError):
             line = json.loads(text)
-            complete = {"id", "result", "rounds", "accuracy"} <= line.keys()
-        except (ValueError, AttributeError):
-            complete = False
-        if complete:
-            lines[line["id"]] = line
-        else:
-            print(f"note: line {number} of {path} is no run's and is left out")
+            if {"id", "result", "rounds", "accuracy"} <= line.keys():
+                lines[line["id"]] = line
+                continue
+        print(f"note: line {number} of {path} is no run's and is left out")
     return lines
 
 
@@ -108,19 +103,17 @@ def recorded(scale: str) -> dict[str, dict]:
 
 def final(table: Mapping, lines: Lines, args: Namespace) -> Measured:
     """Result that each cell names, per seed."""
-    of_cell = cells(table)
-    return Measured({key: [line["result"].get(of_cell[key]["value"]) for line in runs]
-                     for key, runs in lines.items()})
+    return Measured({key: [line["result"].get(cell["value"]) for line in lines[key]]
+                     for key, cell in cells(table).items()})
 
 
 def swept(table: Mapping, lines: Lines, args: Namespace, label: str) -> Measured:
     """Final accuracies, drawn as a line per row over the columns, which are numbers."""
-    values, curves = final(table, lines, args).values, {}
-    columns = list(dict.fromkeys(column for _, column in values))
+    values, columns, curves = final(table, lines, args).values, list(table["columns"]), {}
 
     # Means over the seeds that all cells with runs have, since other seeds have other splits
     seeds = min(len(per_seed) for per_seed in values.values() if per_seed)
-    for row in dict.fromkeys(row for row, _ in values):
+    for row in table["rows"]:
         points = [mean_and_spread(values[row, column][:seeds]) for column in columns]
         means = [float("nan") if mean is None else mean for mean, _ in points]
         if any(mean is not None for mean, _ in points):
@@ -138,25 +131,23 @@ def targets_of(name: str, lines: Lines, args: Namespace) -> list[float]:
 
 def with_rounds(table: Mapping, lines: Lines, args: Namespace) -> Measured:
     """Accuracies, and per data set the rounds to the target and the speed-up over FedAvg."""
-    accuracies, values, texts = final(table, lines, args).values, {}, []
+    values, texts = final(table, lines, args).values, []
     for name in TARGETS:
-        targets = targets_of(name, lines, args)
-        texts += [f"{name} {statistics.mean(targets):.1f}"] if targets else []
+        targets, column = targets_of(name, lines, args), f"{name}, round"
+        if not targets:
+            continue
+        texts.append(f"{name} {statistics.mean(targets):.1f}")
 
-        # Accuracies, and the first round at the target
-        for (row, column), runs in lines.items():
-            if column.startswith(f"{name}, "):
-                values[row, column] = accuracies[row, column]
-            if column == f"{name}, Non-IID" and targets:
-                values[row, f"{name}, round"] = [
-                    analysis.rounds_to_target(line["rounds"], line["accuracy"], target)
-                    for line, target in zip(runs, targets)]
+        # First round at the target
+        for row in table["rows"]:
+            values[row, column] = [
+                analysis.rounds_to_target(line["rounds"], line["accuracy"], target)
+                for line, target in zip(lines[row, f"{name}, Non-IID"], targets)]
 
         # Speed-up, over the seeds that all methods have, if both reach the target with each
         common = of_common_seeds(values)
-        base = common.get(("FedAvg", f"{name}, round"), [])
-        for row in dict.fromkeys(row for row, _ in lines):
-            pairs = list(zip(base, common.get((row, f"{name}, round"), [])))
+        for row in table["rows"]:
+            pairs = list(zip(common["FedAvg", column], common.get((row, column), [])))
             if pairs and not any(None in pair for pair in pairs):
                 values[row, f"{name}, speed"] = [
                     analysis.speed_up(*map(statistics.mean, zip(*pairs)))]
@@ -220,13 +211,10 @@ def overheads(table: Mapping, lines: Lines, args: Namespace) -> Measured:
 
 
 def of_networks(function: str, table: Mapping, lines: Lines, args: Namespace,
-                **options: Any) -> Measured:
+                **options: object) -> Measured:
     """Measure the networks of runs by a function of analysis.py."""
-    folders = {key: RUNS / args.scale / runs[0]["id"] for key, runs in lines.items()}
-    if function == "attacked":
-        options |= {"levels": {key: table["rows"][key[0]].get("noise", 0.0) for key in folders},
-                    "steps": experiments.ATTACK_STEPS.get(args.scale, 100_000),
-                    "data_dir": args.data_dir}
+    folders = {key: RUNS / args.scale / runs[0]["id"] for key, runs in lines.items() if runs}
+    options |= experiments.SCALES[args.scale].get(function, {})
     return getattr(analysis, function)(folders, **options)
 
 
@@ -261,7 +249,7 @@ def papers_numbers() -> dict[str, Papers]:
 def cell_text(key: Key, values: Values, papers: Papers) -> str:
     """A cell in Markdown: the paper's number if the table has any, a slash, ours."""
     per_seed, (*_, paper_text) = values.get(key, []), papers.get(key, ("",))
-    text = number_text(*mean_and_spread(per_seed), paper_text)
+    text = pictures.number_text(*mean_and_spread(per_seed), paper_text)
     reached = sum(value is not None for value in per_seed)
     if 0 < reached < len(per_seed):  # not every seed reached the target
         text += f" ({reached} of {len(per_seed)})"
@@ -272,16 +260,14 @@ def markdown(name: str, table: Mapping, values: Values, papers: Papers,
              notes: Sequence[str]) -> str:
     """A table as Markdown, with notes above it and its picture below."""
     # Seeds of a column, in its head
-    keys, shown = cells(table), of_common_seeds(values)
-    seeds = {column: len(per_seed) for (_, column), per_seed in shown.items()}
-    own = {column for _, column in keys}
-    heads = {column: f"{column} ({seeds_text(seeds[column])})" if column in own & seeds.keys()
-             else column for _, column in values}
+    shown = of_common_seeds(values)
+    heads = {column: column for _, column in values}
+    heads |= {column: f"{column} ({seeds_text(len(per_seed))})"
+              for (_, column), per_seed in shown.items() if column in table["columns"]}
 
-    # Rows with a number of ours or of the paper, transposed if there are many columns
-    known = {row for row, _ in values} | {key[0] for key in papers if key in keys}
+    # Numbers, transposed if there are many columns
     grid = [["", *heads.values()]]
-    for row in dict.fromkeys(row for row, _ in [*keys, *values] if row in known):
+    for row in dict.fromkeys(row for row, _ in values):
         grid.append([row, *(cell_text((row, column), shown, papers) for column in heads)])
     if len(heads) > 12:
         grid = list(zip(*grid))
@@ -289,13 +275,10 @@ def markdown(name: str, table: Mapping, values: Values, papers: Papers,
     text = "\n".join("| " + " | ".join(line) + " |" for line in grid)
 
     # Remarks
-    several = any(len(per_seed) > 1 for per_seed in shown.values())
-    spread = ", mean ± standard deviation" if several else ""
-    remarks = [f"Every cell: {'the paper / ours' if papers else 'ours'}{spread}, over the seeds "
-               "that all rows of its column have."]
-    pairs = [f"{column} {alike} of {total}"
-             for column, (alike, total) in agreement(values, papers).items()]
-    if pairs:
+    remarks = [f"Every cell: {'the paper / ours' if papers else 'ours'}, mean ± standard "
+               "deviation over the seeds that all rows of its column have."]
+    if pairs := [f"{column} {alike} of {total}"
+                 for column, (alike, total) in agreement(values, papers).items()]:
         remarks.append("Pairs of rows in the paper's order (ties are not), over the seeds of both: "
                        + "; ".join(pairs) + ".")
     return "\n\n".join([f"# {table['title']}", *notes, text, *remarks,
@@ -341,13 +324,12 @@ def substitutions(table: Mapping, used: Sequence[Mapping], args: Namespace) -> l
     return list(notes)
 
 
-def lacking_runs(ids: Mapping[Key, list], lines: Lines) -> list[str]:
+def lacking_runs(lines: Lines, seeds: int) -> list[str]:
     """Sentences on cells without runs, and on cells with fewer seeds than others."""
-    seeds = max(map(len, ids.values()), default=0)
-    empty = [" / ".join(key) for key in ids if not lines[key]]
-    fewer = [f"{' / '.join(key)} ({seeds_text(len(lines[key]))})" for key in ids
-             if 0 < len(lines[key]) < seeds]
-    kinds = {"Without runs": empty, f"Fewer than {seeds} seeds": fewer}
+    kinds = {"Without runs": [" / ".join(key) for key, runs in lines.items() if not runs],
+             f"Fewer than {seeds} seeds": [
+                 f"{' / '.join(key)} ({seeds_text(len(runs))})" for key, runs in lines.items()
+                 if 0 < len(runs) < seeds]}
     return [f"{kind}: {', '.join(texts[:6])}"
             + (f" and {len(texts) - 6} more" if len(texts) > 6 else "") + "."
             for kind, texts in kinds.items() if texts]
@@ -359,9 +341,9 @@ def csv_text(name: str, values: Values, papers: Papers, scale: str) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["table", "scale", "row", "column", "paper", "paper deviation", "mean",
                      "deviation", "by seed"])
-    for (row, column), per_seed in values.items():
-        writer.writerow([name, scale, row, column, *papers.get((row, column), (None, None))[:2],
-                         *mean_and_spread(per_seed), " ".join(map(str, per_seed))])
+    writer.writerows([name, scale, *key, *papers.get(key, (None, None))[:2],
+                      *mean_and_spread(per_seed), " ".join(map(str, per_seed))]
+                     for key, per_seed in values.items())
     return file.getvalue()
 
 
@@ -386,102 +368,92 @@ REPORTS = {function.__name__: function for function in (
 def report(name: str, table: Mapping, args: Namespace) -> str:
     """Write a table's Markdown, CSV and picture to results/SCALE; returns the Markdown."""
     # Lines of seeds 0, 1, ..., up to the first that lacks
-    ids = {key: list(map(run_id, runs)) for key, runs in experiments.runs_of(table, args).items()}
-    jobs = {run_id(flags): flags for runs in experiments.runs_of(table, args).values()
-            for flags in runs}
-    known, lines, networks = collect(jobs, args.scale), {}, table.get("networks", False)
-    for key, names in ids.items():
-        usable = takewhile(lambda run_name: run_name in known and not (
-            networks and not is_finished(RUNS / args.scale / run_name)), names)
-        lines[key] = [known[run_name] for run_name in usable]
-    if ids and not any(lines.values()):
+    made, networks = experiments.runs_of(table, args), table.get("networks", False)
+    known = collect({run_id: flags for runs in made.values() for run_id, flags in runs.items()},
+                    args.scale)
+    usable = {run_id for run_id in known
+              if not networks or is_finished(RUNS / args.scale / run_id)}
+    lines = {key: [known[run_id] for run_id in takewhile(usable.__contains__, runs)]
+             for key, runs in made.items()}
+    if made and not any(lines.values()):
         return f"{name}: no run is finished" + " whose networks are here" * networks
 
     # Numbers
     function, options = table.get("report", ("final", {}))
     papers = papers_numbers().get(table.get("papers", name), {})
-    with_runs = {key: runs for key, runs in lines.items() if runs or not networks}
     measure = partial(of_networks, function) if networks else REPORTS[function]
-    values, remarks, draw = measure(table, with_runs, args, **options)
-    notes = [*notes_of(table, lines, args), *lacking_runs(ids, lines), *remarks]
+    values, remarks, draw = measure(table, lines, args, **options)
+    notes = [*notes_of(table, lines, args),
+             *lacking_runs(lines, max(map(len, made.values()), default=0)), *remarks]
     text = markdown(name, table, values, papers, notes)
 
     # Files
     path = RESULTS / args.scale / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    for ending, content in ((".md", text), (".csv", csv_text(name, values, papers, args.scale))):
-        data.write_atomically(path.with_suffix(ending),
-                              lambda file, content=content: file.write(content.encode()))
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    path.with_suffix(".csv").write_text(csv_text(name, values, papers, args.scale), "utf-8")
     if any(values.values()):
         draw = draw or partial(draw_values, of_common_seeds(values), papers)
-        data.write_atomically(path.with_suffix(".png"), partial(
-            draw, title=f"{table['title']} (scale: {args.scale})"))
+        draw(path.with_suffix(".png"), title=f"{table['title']} (scale: {args.scale})")
     return text
 
 
-def write_tables(tables: Mapping[str, Mapping], args: Namespace) -> int:
-    """Write tables and print them; returns the exit status, 1 if one fails."""
+def write_tables(args: Namespace) -> int:
+    """Write the chosen tables and print them; returns the exit status, 1 if one fails."""
     status = 0
-    for name, table in tables.items():
-        # An error in a table, of whatever kind, leaves the others to be made.
+    for name, table in args.tables.items():
         try:
             print(f"\n{report(name, table, args)}", flush=True)
-        except Exception as error:
-            print(f"\n{name}: {type(error).__name__}: {data.first_line(error)}", flush=True)
+        except (ValueError, OSError) as error:  # data that are not here: the others can be made
+            print(f"\n{name}: {data.first_line(error)}", flush=True)
             status = 1
     if (RESULTS / args.scale).exists():
         print(f"results are in {RESULTS / args.scale}")
     return status
 
 
-def raise_usage_error(message: str) -> NoReturn:
-    """Raise ValueError where argparse would end the process; see ends_in_one_line."""
-    raise ValueError(f"{message} (--help lists all flags)")
-
-
-def parser(description: str) -> ArgumentParser:
+def parser(script: str, docstring: str | None) -> ArgumentParser:
     """Command line of tables and scales, to which a script adds its own flags."""
-    made = ArgumentParser(allow_abbrev=False, description=description)
-    made.error = raise_usage_error
+    made = ArgumentParser(script, allow_abbrev=False, description=(docstring or "").split("\n")[0])
+    made.error = run.raise_usage_error
     made.add_argument("names", nargs="*", metavar="NAME", help="fedin-1, apfl-fig4, ...; fedin-2 "
                       "is fedin-2a and fedin-2b; or all")
     made.add_argument("--scale", choices=experiments.SCALES, default="smoke", help="rounds, "
                       "clients, epochs and images; smoke (default) is a trial on digits")
-    made.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 per run (default: "
-                      "by scale; 1 for figures that need networks)")
+    made.add_argument("--seeds", type=run.number(int, 1), metavar="N", help="seeds 0 to N - 1 per "
+                      "run (default: by scale; 1 for figures that need networks)")
     made.add_argument("--data-dir", default="data", help="folder of downloads, and of your own "
                       "embeddings-ENCODER-DATASET.npz (classes, embeddings) for clip, bert or "
                       "word2vec (default: data)")
     return made
 
 
-def read_arguments(made: ArgumentParser, words: Sequence[str], script: str) -> Namespace:
-    """Read a command line.  Raises ValueError if it is wrong."""
+def read_arguments(made: ArgumentParser, words: Sequence[str]) -> Namespace:
+    """Read a command line and choose its tables.  Raises ValueError if it is wrong."""
     args = made.parse_args(words)
-    args.command = shlex.join(["python", script, *words])
+    args.command = shlex.join(["python", made.prog, *words])
     args.seeds = experiments.SEEDS[args.scale] if args.seeds is None else args.seeds
-    if args.seeds < 1:
-        raise ValueError("--seeds must be at least 1")
+    args.tables = chosen(args.names, args.scale)
     return args
 
 
-def chosen(args: Namespace) -> dict[str, dict]:
+def chosen(names: Sequence[str], scale: str) -> dict[str, dict]:
     """Tables with these names, or these and letters (fedin-2: fedin-2a), in their own order."""
-    tables, matching = experiments.tables(args.scale), set()
-    for name in args.names:
+    tables, matching = experiments.tables(scale), set()
+    for name in names:
         pattern = ".*" if name == "all" else re.escape(name) + "[a-z]*"
         keys = {key for key in tables if re.fullmatch(pattern, key)}
         if not keys:
-            raise ValueError(f"unknown name {name} at scale {args.scale}: choose among "
+            raise ValueError(f"unknown name {name} at scale {scale}: choose among "
                              f"{', '.join(tables)}, or all")
         matching |= keys
     return {name: table for name, table in tables.items() if name in matching}
 
 
-def ends_in_one_line(work: Callable[[], int]) -> int:
+def ends_in_one_line(work: Callable[[Sequence[str]], int], argv: Sequence[str] | None) -> int:
     """Do the work of a script: status 0, 1 if a part failed, 2 for a user error, 130 if stopped."""
     try:
-        return work()
+        return work(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         print("error: interrupted: type the same command to resume", file=sys.stderr)
         return 130
@@ -492,12 +464,8 @@ def ends_in_one_line(work: Callable[[], int]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write tables of finished runs; see ends_in_one_line for the status."""
-    def work() -> int:
-        made = parser((__doc__ or "").split("\n")[0])
-        args = read_arguments(made, sys.argv[1:] if argv is None else argv, "report.py")
-        return write_tables(chosen(args), args)
-
-    return ends_in_one_line(work)
+    return ends_in_one_line(
+        lambda words: write_tables(read_arguments(parser("report.py", __doc__), words)), argv)
 
 
 if __name__ == "__main__":

@@ -170,7 +170,7 @@ def settings_table() -> str:
 
 def raise_usage_error(message: str) -> NoReturn:
     """Raise argparse's message as a ValueError; main prints it as one line."""
-    raise ValueError(f"{message.removeprefix('argument ')} (python run.py --help lists all flags)")
+    raise ValueError(f"{message.removeprefix('argument ')} (--help lists all flags)")
 
 
 # ------------------------------------------------------------------------ the settings of one run

@@ -26,28 +26,29 @@ import pictures
 import ranks
 import report
 import run
-from experiments import rounds_id, run_id
+from experiments import digits_of
 from report import RUNS, is_finished
+from settings import AFTER_ROUNDS
 
 RUN_PY = Path(__file__).with_name("run.py")
 
 
 # ------------------------------------------------------------------------------------- missing runs
 
-def missing_runs(tables: Mapping[str, Mapping], args: Namespace) -> dict[str, dict]:
+def missing_runs(args: Namespace) -> dict[str, dict]:
     """Runs to make: id -> flags.  Raises ValueError if --only has a text that is in no name."""
     known, jobs, names = report.recorded(args.scale), {}, {}
-    for table in tables.values():
+    for table in args.tables.values():
+        lines = {} if table.get("networks") else known  # networks are in a run's folder alone
         for key, runs in experiments.runs_of(table, args).items():
             names |= dict.fromkeys(key)
             if not args.only or any(text in name for text in args.only for name in key):
-                jobs |= {run_id(flags): flags for flags in runs if args.again
-                         or table.get("networks") or run_id(flags) not in known}
+                jobs |= {run_id: flags for run_id, flags in runs.items() if args.again
+                         or not (run_id in lines or is_finished(RUNS / args.scale / run_id))}
     for text in args.only:
         if not any(text in name for name in names):
             raise ValueError(f"--only {text} is in none of these names: {', '.join(names)}")
-    return {name: flags for name, flags in jobs.items()
-            if args.again or not is_finished(RUNS / args.scale / name)}
+    return jobs
 
 
 def commands(jobs: Mapping[str, dict], args: Namespace) -> dict[str, list[str]]:
@@ -59,7 +60,7 @@ def commands(jobs: Mapping[str, dict], args: Namespace) -> dict[str, list[str]]:
     for name in sorted(jobs, key=lambda name: (-cost(jobs[name]), jobs[name]["seed"])):
         words = [*run.command_line(jobs[name]), "--resume", "--out", str(RUNS / args.scale / name)]
         if jobs[name]["method"] == "apfl":
-            first = first_of.setdefault(rounds_id(jobs[name]), name)
+            first = first_of.setdefault(digits_of(jobs[name], but=AFTER_ROUNDS), name)
             if first != name:
                 words += ["--start-from", str(RUNS / args.scale / first)]
         lines[name] = words
@@ -69,19 +70,18 @@ def commands(jobs: Mapping[str, dict], args: Namespace) -> dict[str, list[str]]:
 def cost(flags: Mapping) -> float:
     """Work of a run, to sort by: images in training, times the size of the networks."""
     settings = run.resolve(dict(flags))
-    share = run.num_participants(settings) / settings["clients"]
+    images = (settings["train_images"] or 50_000) * run.num_participants(settings)
     size = {"cnn": 1, "resnet152-widths": 40}.get(settings["model"], 8)
-    return (settings["rounds"] * share * settings["local_epochs"] * size
-            * (settings["train_images"] or 50_000))
+    return settings["rounds"] * settings["local_epochs"] * images / settings["clients"] * size
 
 
 # ------------------------------------------------------------------------------------- running here
 
-def run_here(lines: Mapping[str, list[str]], args: Namespace) -> dict[str, str]:
-    """Run commands, args.jobs at a time; id -> error, of those that fail."""
+def run_here(lines: Mapping[str, list[str]], args: Namespace) -> int:
+    """Run commands, args.jobs at a time; returns the exit status, 1 if one fails."""
     # Runs that start after another's rounds come last.  Ctrl-C reaches the processes too: they save
     # what they have, and no other begins.
-    failed, pool = {}, ThreadPoolExecutor(args.jobs)
+    status, pool = 0, ThreadPoolExecutor(args.jobs)
     bar = pictures.progress_bar(None, "runs", "run", len(lines))
     waves = [[name for name in lines if ("--start-from" in lines[name]) == later]
              for later in (False, True)]
@@ -90,13 +90,13 @@ def run_here(lines: Mapping[str, list[str]], args: Namespace) -> dict[str, str]:
             futures = {pool.submit(run_alone, lines[name], args.jobs): name for name in wave}
             for future in as_completed(futures):
                 if error := future.result():
-                    failed[futures[future]] = error
+                    status = 1
                     bar.write(f"{futures[future]}: {error}", file=sys.stdout)
                 bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
         bar.close()
-    return failed
+    return status
 
 
 def run_alone(words: Sequence[str], jobs: int) -> str:
@@ -120,8 +120,7 @@ def listing(args: Namespace) -> str:
     """Every table and figure, with the number of its runs."""
     lines, every = [], set()
     for name, table in experiments.tables(args.scale).items():
-        ids = {run_id(flags) for runs in experiments.runs_of(table, args).values()
-               for flags in runs}
+        ids = set().union(*experiments.runs_of(table, args).values())
         lines.append(f"{name:14}{len(ids):5} runs  {table['title']}")
         every |= ids
     return "\n".join([*lines, f"{'all':14}{len(every):5} runs  all of these, which share runs", "",
@@ -131,26 +130,21 @@ def listing(args: Namespace) -> str:
 
 def work(words: Sequence[str]) -> int:
     """Do what a command line says; returns the exit status."""
-    made = report.parser((__doc__ or "").split("\n")[0])
+    made = report.parser("tables.py", __doc__)
     add = made.add_argument
     add("--list", action="store_true", help="print all names and stop")
     add("--commands", action="store_true", help="print the missing runs as commands and stop")
-    add("--jobs", type=int, metavar="N", help="runs at a time (default: number of cores, on a GPU "
-        "1)")
+    add("--jobs", type=run.number(int, 1), metavar="N", default=1 if torch.cuda.is_available() else
+        ranks.num_cores(), help="runs at a time (default: number of cores, on a GPU 1)")
     add("--only", nargs="+", default=[], metavar="TEXT", help="run only rows and columns with such "
         "a text in their names, as CIFAR-10")
     add("--again", action="store_true", help="delete the folders of the chosen runs, and run again")
-    args = report.read_arguments(made, words, "tables.py")
-    cores = 1 if torch.cuda.is_available() else ranks.num_cores()
-    args.jobs = cores if args.jobs is None else args.jobs
-    if args.jobs < 1:
-        raise ValueError("--jobs must be at least 1; python report.py writes tables without runs")
+    args = report.read_arguments(made, words)
     if args.list or not args.names:
         print(listing(args))
         return 0
 
-    tables = report.chosen(args)
-    jobs = missing_runs(tables, args)
+    jobs = missing_runs(args)
     lines = commands(jobs, args)
     if args.commands:
         print("".join(shlex.join(["python", "run.py", *line]) + "\n" for line in lines.values()),
@@ -158,13 +152,12 @@ def work(words: Sequence[str]) -> int:
         return 0
     for name in jobs if args.again else ():
         shutil.rmtree(RUNS / args.scale / name, ignore_errors=True)
-    failed = run_here(lines, args)
-    return report.write_tables(tables, args) or int(bool(failed))
+    return run_here(lines, args) | report.write_tables(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing and write tables; see report.ends_in_one_line for the status."""
-    return report.ends_in_one_line(lambda: work(sys.argv[1:] if argv is None else argv))
+    return report.ends_in_one_line(work, argv)
 
 
 if __name__ == "__main__":

@@ -271,7 +271,7 @@ def test_clients_are_compared_on_the_whole_test_set(folder_of, monkeypatch):
 
 def test_the_attack_on_a_runs_features_tells_what_the_noise_left(folder_of):
     before, first_images = contents(folder_of("fedin")), data.load(few_digits()).x_test[:2]
-    (truth, plain), (_, noisy) = (analysis.attack(folder_of("fedin"), "data", steps=30, level=level,
+    (truth, plain), (_, noisy) = (analysis.attack(folder_of("fedin"), steps=30, level=level,
                                                   count=2) for level in (0.0, 2.0))
     assert torch.equal(truth, first_images) and contents(folder_of("fedin")) == before
     assert plain.noise == 0 and plain.losses[-1] < 0.5 * plain.losses[0]

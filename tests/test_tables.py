@@ -25,6 +25,7 @@ import report
 import run
 import tables
 from experiments import cells
+from settings import AFTER_ROUNDS
 
 ARGS = Namespace(scale="small", seeds=3, jobs=1, data_dir="data", command="python tables.py x",
                  again=False, only=[])
@@ -65,8 +66,7 @@ def test_the_papers_numbers_are_those_of_cells_that_we_make():
 
 def ids_of(table: dict, args: Namespace = ARGS) -> dict:
     """Row and column -> ids of its runs."""
-    return {key: list(map(experiments.run_id, runs))
-            for key, runs in experiments.runs_of(table, args).items()}
+    return {key: list(runs) for key, runs in experiments.runs_of(table, args).items()}
 
 
 def test_runs_keep_their_ids_and_the_papers_scale_is_that_of_run_py():
@@ -80,8 +80,8 @@ def test_runs_keep_their_ids_and_the_papers_scale_is_that_of_run_py():
     assert experiments.SCALES["paper"] == {"fedin": {"eval_every": 1}, "apfl": {}}
     # README's headline figures: the scale of medium
     args = Namespace(**{**vars(ARGS), "scale": "medium"})
-    settings = run.resolve(experiments.runs_of(experiments.tables("medium")["fedin"], args)[
-        "FedIN", NON_IID][2])
+    flags = experiments.runs_of(experiments.tables("medium")["fedin"], args)["FedIN", NON_IID]
+    settings = run.resolve(list(flags.values())[2])
     assert (settings["clients"], settings["rounds"], settings["local_epochs"], settings["seed"],
             settings["train_images"], settings["test_images"]) == (20, 20, 2, 2, 5000, None)
 
@@ -95,8 +95,9 @@ def test_an_id_stands_for_settings_that_change_numbers(monkeypatch):
         assert experiments.run_id(flags | changes) == experiments.run_id(flags)
     for changes in ({"seed": 1}, {"beta": 0.0}, {"semantics": "bert"}, {"dataset": "other.npz"}):
         assert experiments.run_id(flags | changes) != experiments.run_id(flags)
-        assert (experiments.rounds_id(flags | changes) == experiments.rounds_id(flags)) == (
-            changes.keys() <= {"beta", "semantics"})
+        of_rounds = partial(experiments.digits_of, but=AFTER_ROUNDS)
+        alike = of_rounds(flags | changes) == of_rounds(flags)
+        assert alike == (changes.keys() <= {"beta", "semantics"})
 
 
 def test_embeddings_that_a_user_has_go_before_the_encoder():
@@ -130,9 +131,9 @@ def test_commands_are_longest_first_and_share_the_rounds_of_apfl(capsys):
     flags = "--scale medium --seeds 1 --commands".split()
     assert tables.main(["apfl-2", "apfl-readings", "fedin", *flags]) == 0
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
-    jobs = tables.missing_runs({name: experiments.tables("medium")[name] for name in (
-        "apfl-2", "apfl-readings", "fedin")}, Namespace(**{**vars(ARGS), "scale": "medium",
-                                                           "seeds": 1}))
+    chosen = report.chosen(["apfl-2", "apfl-readings", "fedin"], "medium")
+    jobs = tables.missing_runs(Namespace(**{**vars(ARGS), "scale": "medium", "seeds": 1,
+                                            "tables": chosen}))
     assert len(lines) == len(jobs) and not Path("runs").exists()
     flags = [run.read_command_line(line[2:]) for line in lines]
     assert all(line[:2] == ["python", "run.py"] for line in lines)
@@ -174,7 +175,7 @@ A note.
 | fedprox | 70 ± 1.5 / 33.5 ± 0.0 | – / 9.00 |
 | fedin | 80.0 / 32.5 ± 1.4 | 50.0 / – |
 
-Every cell: the paper / ours, mean ± standard deviation, over the seeds that all rows of its \
+Every cell: the paper / ours, mean ± standard deviation over the seeds that all rows of its \
 column have.
 
 Pairs of rows in the paper's order (ties are not), over the seeds of both: A 2 of 3.
@@ -189,8 +190,7 @@ Pairs of rows in the paper's order (ties are not), over the seeds of both: A 2 o
     assert "Scale **small**" in notes[0] and "rounds 20" in notes[0]
     assert f"1 of commit {here}" in notes[1] and f"{here} (other" not in notes[1]
     assert "of commit abc (other code than now)" in notes[1] and "Machines: one core." in notes[1]
-    ids = {key: ["a", "b", "c"] for key in keys}
-    assert report.lacking_runs(ids, lines | {keys[0]: []}) == [
+    assert report.lacking_runs(lines | {keys[0]: []}, 3) == [
         "Without runs: fedavg / A.", "Fewer than 3 seeds: fedavg / B (seed 0), fedprox / A (seeds "
         "0-1), fedprox / B (seed 0), fedin / B (seed 0)."]
 
@@ -291,7 +291,8 @@ def test_clients_are_shown_by_stage_and_by_method(monkeypatch):
 # ----------------------------------------------------------------------------------- tables of runs
 
 def test_tables_are_written_and_drawn_from_finished_runs(monkeypatch):
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, file, **__: file.write(b"x"))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
+                        lambda _, path, **__: path.write_text("x"))
     names = [name for name, table in SMALL.items() if table["rows"] and "networks" not in table]
     ids, known = {name: ids_of(SMALL[name]) for name in names}, {}
     for name in names:
@@ -312,7 +313,7 @@ def test_tables_are_written_and_drawn_from_finished_runs(monkeypatch):
         assert f"Fewer than 3 seeds: {row} / {column} (seed 0)" in text
         assert f"{column} (seed 0)" in text or name == "fedin-4"  # its columns are others
         assert ("smoothed" in text) == (name in ("fedin-fig5", "fedin-fig9"))
-        assert Path(f"results/small/{name}.png").read_bytes() == b"x"
+        assert Path(f"results/small/{name}.png").read_text() == "x"
         lines = csv.DictReader(Path(f"results/small/{name}.csv").read_text().splitlines())
         by_seed = {(each["row"], each["column"]): each["by seed"] for each in lines}
         for key, runs in ids[name].items() if name != "fedin-4" else ():
@@ -332,7 +333,7 @@ def test_a_line_that_is_no_run_is_told_by_its_number_and_costs_no_other(text, ca
 
 
 def test_nothing_is_written_without_runs(capsys):
-    assert list(report.chosen(Namespace(scale="small", names=["all"]))) == list(SMALL)
+    assert list(report.chosen(["all"], "small")) == list(SMALL)
     assert report.main(["fedin-fig7", "fedin-2", "fedin-fig10"]) == 0
     text = capsys.readouterr().out
     assert [words.split()[-1] for words in text.split(": no run is finished")[:-1]] == [
@@ -369,7 +370,8 @@ def test_a_run_is_that_of_its_command_and_is_made_once(one, capsys):
     assert tables.main([*command, "--only", "x"]) == 0
     (known,) = report.recorded("small").values()
     folder = report.RUNS / "small" / known["id"]
-    (flags,) = experiments.runs_of(one, Namespace(**{**vars(ARGS), "seeds": 1}))["a", "x"]
+    runs = experiments.runs_of(one, Namespace(**{**vars(ARGS), "seeds": 1}))["a", "x"]
+    (flags,) = runs.values()
     go(Path("alone"), *run.command_line(flags))
     assert result(Path("alone")) == result(folder) and known["rounds"] == [1]
     assert known["result"].items() >= result(folder).items()
