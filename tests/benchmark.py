@@ -221,8 +221,11 @@ def client_counts(folder: Path) -> None:
             seconds_of_last_round(out), memory)
 
 
-def seconds_of_methods(folder: Path) -> None:
-    """Round 3 of every method: 5 of 20 clients, 5,000 images, 2 epochs."""
+def costs_of_methods(folder: Path) -> None:
+    """Round 3 of every method, peak memory of three rounds, and what a client sends.
+
+    Five of 20 clients per round, 5,000 images, two local epochs.
+    """
     methods = {"resnets": "local fedavg fedprox scaffold fednova moon inclusivefl inco fedin",
                "resnet18-widths": "heterofl fedrolex scalefl", "cnn": "fedavg fedgen feddf"}
     images = save_images(folder, 10_000)  # half of them for the server of FedDF to hold
@@ -233,7 +236,10 @@ def seconds_of_methods(folder: Path) -> None:
                 f"--method {method} --model {model} --setting fedin --dataset {images} --rounds 3 "
                 "--train-images 5000 --alpha 0.5 --clients 20 --participation 0.25 "
                 f"--local-epochs 2 --eval-every 3 --out {out}").split())
-            row(f"{method} on {model}: s per round", seconds_of_last_round(out))
+            result = json.loads((out / "result.json").read_text())
+            row(f"{method} on {model}: s per round, peak of the process in MB, MB sent per client "
+                "and round", seconds_of_last_round(out), result["memory_mb"],
+                result["upload_mb"] / (3 * 5))
 
 
 # ----------------------------------------------------------------------------------------- on a GPU
@@ -306,10 +312,11 @@ def rounds_on_gpu(title: str, images: Path, **typed) -> None:
 
 
 PARTS = {"starting": starting, "update": update, "round": rounds, "ranks": process_counts,
-         "clients": client_counts, "methods": seconds_of_methods, "gpu": on_gpu}
+         "clients": client_counts, "methods": costs_of_methods, "gpu": on_gpu}
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {ranks.num_cores()} cores\n")
+    print(f"`python -m tests.benchmark {' '.join(sys.argv[1:])}`, commit {files.commit()}, torch "
+          f"{torch.__version__}, {files.machine()}\n")
     print("| measured | first | second | ratio |\n|---|---|---|---|")
     torch.set_num_threads(ranks.num_cores())
     for name in sys.argv[1:] or PARTS:
