@@ -237,8 +237,7 @@ def costs_of_methods(folder: Path) -> None:
                 "--train-images 5000 --alpha 0.5 --clients 20 --participation 0.25 "
                 f"--local-epochs 2 --eval-every 3 --out {out}").split())
             result = json.loads((out / "result.json").read_text())
-            row(f"{method} on {model}: s per round, peak of the process in MB, MB sent per client "
-                "and round", seconds_of_last_round(out), result["memory_mb"],
+            row(f"{method}, {model}", seconds_of_last_round(out), result["memory_mb"],
                 result["upload_mb"] / (3 * 5))
 
 
@@ -313,12 +312,15 @@ def rounds_on_gpu(title: str, images: Path, **typed) -> None:
 
 PARTS = {"starting": starting, "update": update, "round": rounds, "ranks": process_counts,
          "clients": client_counts, "methods": costs_of_methods, "gpu": on_gpu}
+HEADS = {"methods": "method, networks | s per round | peak of the process, MB | MB sent per client "
+                    "and round"}  # of the others: measured | first | second | ratio
 
 if __name__ == "__main__":
     print(f"`python -m tests.benchmark {' '.join(sys.argv[1:])}`, commit {files.commit()}, torch "
-          f"{torch.__version__}, {files.machine()}\n")
-    print("| measured | first | second | ratio |\n|---|---|---|---|")
+          f"{torch.__version__}, {files.machine()}")
     torch.set_num_threads(ranks.num_cores())
     for name in sys.argv[1:] or PARTS:
+        head = HEADS.get(name, "measured | first | second | ratio")
+        print(f"\n| {head} |\n|---|---|---|---|")
         with tempfile.TemporaryDirectory() as folder:
             PARTS[name](Path(folder))
