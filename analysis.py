@@ -9,7 +9,6 @@ round, before any average; an attack on its features; the figures of several run
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import redirect_stdout
 from functools import cache, partial
 from itertools import accumulate, combinations
 from pathlib import Path
@@ -54,7 +53,8 @@ def stage_features(net: nn.Module, batches: Iterable[Tensor]) -> list[Tensor]:
 def cka_map(representations: Sequence[Tensor], *, unbiased: bool = False) -> Tensor:
     """Linear CKA of each with each, HSIC(x, y) / sqrt(HSIC(x, x) HSIC(y, y)): (K, K).
 
-    It is 1 for representations that are equal up to rotation, reflection, scale and shift.
+    It is 1 for representations that are equal up to rotation, reflection, scale and shift, and 0
+    for one that is constant.
     representations: (N, p_k) per client, of the same N images;  unbiased: see hsic
     Source: Kornblith et al. 2019, arxiv.org/abs/1905.00414, Sec. 3; FedIN, Fig. 7.
     """
@@ -64,7 +64,7 @@ def cka_map(representations: Sequence[Tensor], *, unbiased: bool = False) -> Ten
         for j in range(i + 1):
             pairs[i, j] = pairs[j, i] = hsic(x, centred[j], unbiased=unbiased)
     with_itself = pairs.diagonal()
-    return pairs / (with_itself[:, None] * with_itself).sqrt()
+    return pairs / (with_itself[:, None] * with_itself).sqrt().clamp(min=1e-300)
 
 
 def hsic(x: Tensor, y: Tensor, *, unbiased: bool) -> Tensor:
@@ -99,10 +99,16 @@ def tsne(features: Mapping[str, Tensor], *, perplexity: float = 30.0) -> dict[st
     scikit-learn's t-SNE (van der Maaten & Hinton 2008) of standardised features, begun with their
     principal components.  Its settings are not given in the papers.
     perplexity: at most a third of the number of points, which replaces a larger one
+    Features that are all equal, as those of dead networks, lie in the origin.
+    Raises ValueError for features that are not finite.
     """
     from sklearn.manifold import TSNE
 
     x = standardised(torch.cat(list(features.values())))
+    if not x.isfinite().all():
+        raise ValueError("features hold NaN or infinite values: has the run diverged?")
+    if not x.any():  # scikit-learn's process would end by a segmentation fault
+        return {name: torch.zeros(len(part), 2) for name, part in features.items()}
     fit = TSNE(perplexity=min(perplexity, (len(x) - 1) / 3), init="pca", random_state=0)
     points = torch.from_numpy(fit.fit_transform(x.numpy()))
     return dict(zip(features, points.split([len(part) for part in features.values()])))
@@ -321,22 +327,26 @@ class TrainedNetwork(nn.Module):
         return data.standardise(images, self.mean, self.deviation)
 
     def forward(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor):
+            raise ValueError(f"images must be a tensor, not {type(images).__name__}: "
+                             "torch.from_numpy makes one")
         expected = (len(images), len(self.mean), data.IMAGE_SIZE, data.IMAGE_SIZE)
-        if images.dtype != torch.uint8 or images.shape != expected:
-            raise ValueError(f"images must be uint8 of shape {expected}, not {images.dtype} of "
-                             f"shape {tuple(images.shape)}")
+        if images.dtype != torch.uint8 or images.shape != expected or not len(images):
+            raise ValueError(f"images must be uint8 of shape (N, {len(self.mean)}, 32, 32), N > 0, "
+                             f"not {images.dtype} of shape {tuple(images.shape)}")
         return models.predict_logits(self.net, images, self.prepare)
 
 
-def trained_network(folder: str | Path, arch: str | None = None, client: int | None = None,
-                    dataset: str | Path | None = None) -> TrainedNetwork:
+def trained_network(folder: str | Path, arch: str | None = None, client: int | None = None, *,
+                    dataset: str | Path | None = None,
+                    data_dir: str | Path | None = None) -> TrainedNetwork:
     """Load a network that a run has trained.
 
     arch: the server's network of an architecture, of --model resnet18-widths for instance
         "resnet18-1/4"; None: of the largest
     client: id of a client, for the network that it uses after all stages, in place of the server's
-    dataset: place of the run's data if they have moved; networks cut by width need them, for the
-        statistics of batch normalisation
+    dataset, data_dir: place of the run's data if they have moved; networks cut by width need them,
+        for the statistics of batch normalisation
     Raises ValueError if the folder has no such network.
     """
     # Files
@@ -356,9 +366,9 @@ def trained_network(folder: str | Path, arch: str | None = None, client: int | N
 
     # Statistics of a network cut by width
     if len(saved.server["weights"]) < len(constructors):
-        loaded = data.load(dataset or settings["dataset"], settings.get("data_dir", "data"))
-        files.check_same(settings, {"dataset": loaded.digest})
-        split = partitions.split_by_settings(loaded, settings)
+        moved = {"dataset": dataset, "data_dir": data_dir}
+        moved = {name: str(value) for name, value in moved.items() if value is not None}
+        _, split = run.read_data(settings | moved, download=False)
         participants = [part for k, part in enumerate(split.parts) if k not in split.dropouts]
         models.collect_statistics(trained.net, evaluation.spread_batches(
             split.data.x_train, torch.cat(participants), trained.prepare))
@@ -397,22 +407,20 @@ def weights_in_use(settings: dict, saved: files.Progress, arch: str,
 
 # ------------------------------------------------------------------------ clients before an average
 
-def one_more_round(folder: str | Path) -> tuple[Experiment, dict[int, Any]]:
+def one_more_round(folder: str | Path,
+                   **moved: str | Path | None) -> tuple[Experiment, dict[int, Any]]:
     """Train all clients of a finished run for another round, and average nothing.
 
+    moved: dataset=, data_dir= and device=, see run.open_run
     Returns the run's experiment, and each client's upload by its id.  The folder stays as it is.
     Raises ValueError if the folder holds no run, or the run of a method without uploads.
     """
-    try:
-        experiment, progress, _, _ = run.set_up(["--resume", "--out", str(folder)],
-                                                  once_more=True)
-        if experiment.method.server_update is None:
-            raise ValueError(f"clients send nothing in {folder}: choose a run of another --method")
-        tasks = run.make_tasks(experiment, progress.round + 1, progress.server, progress.memory,
-                               experiment.available)
-        results = train_clients(experiment, experiment.method.client_update, tasks)
-    finally:
-        files.release()
+    if run.METHODS[files.read_config(Path(folder))["method"]].server_update is None:
+        raise ValueError(f"clients send nothing in {folder}: choose a run of another --method")
+    experiment, progress = run.open_run(folder, **moved)
+    tasks = run.make_tasks(experiment, progress.round + 1, progress.server, progress.memory,
+                           experiment.available)
+    results = train_clients(experiment, experiment.method.client_update, tasks)
     return experiment, {k: result.update for k, result in results.items()}
 
 
@@ -426,18 +434,22 @@ class ClientComparison(NamedTuple):
     labels: Tensor  # (N,)
 
 
-def compare_clients(folder: str | Path, *, images: int = 2000) -> ClientComparison:
+def compare_clients(folder: str | Path, *, images: int = 2000,
+                    **moved: str | Path | None) -> ClientComparison:
     """Compare the features of a finished run's clients on test images (FedIN, Sec. 5.3).
 
     Clients are compared after one more round of local training, since an average makes all clients
     of an architecture equal.  The networks have to be ResNets.
     images: number of test images, evenly spaced in the whole test set, not in the run's subset
+    moved: dataset=, data_dir= and device=, see run.open_run
     """
     # One more round
-    with redirect_stdout(pictures.nowhere()):
-        experiment, updates = one_more_round(folder)
-        settings = experiment.settings
-        dataset = data.load(settings["dataset"], settings.get("data_dir", "data"))
+    settings = files.read_config(Path(folder))
+    if not settings["model"].startswith("resnet"):
+        raise ValueError(f"{folder} has the network {settings['model']}: only ResNets have stages")
+    experiment, updates = one_more_round(folder, **moved)
+    settings = experiment.settings
+    dataset = data.load(settings["dataset"], settings.get("data_dir", "data"), download=False)
 
     # Test images
     rows = torch.linspace(0, len(dataset.y_test) - 1, min(images, len(dataset.y_test))).long()
@@ -470,20 +482,23 @@ class Attack(NamedTuple):
     ssim: float  # mean over the images
 
 
-def attack(folder: str | Path, *, steps: int = 100_000, level: float | None = None,
-           count: int = 8) -> tuple[Tensor, Attack]:
+def attack(folder: str | Path, *, steps: int = 100_000, level: float | None = None, count: int = 8,
+           dataset: str | Path | None = None,
+           data_dir: str | Path | None = None) -> tuple[Tensor, Attack]:
     """Reconstruct images from the features that a finished run's ResNet18 makes of them.
 
     steps: in the paper a million
     level: noise on the features (FedIN, Sec. 4.3), in standard deviations of the features; None:
         the run's own --noise
     count: number of images; the first test images, which the network was not trained on
+    dataset, data_dir: place of the run's data if they have moved
     Returns the true images (count, C, H, W) uint8, and the outcome.
     """
     # Features as a client sends them
     settings = files.read_config(Path(folder))
     trained = trained_network(folder, "resnet18")
-    images = data.load(settings["dataset"], settings.get("data_dir", "data")).x_test[:count]
+    images = data.load(dataset or settings["dataset"],
+                       data_dir or settings.get("data_dir", "data"), download=False).x_test[:count]
     level = settings.get("noise", 0.0) if level is None else level
     noise, start = (data.torch_stream(settings["seed"], purpose)
                     for purpose in (data.FEATURE_NOISE, data.NOISE))
@@ -553,6 +568,14 @@ def draw_maps(comparisons: Mapping[Key, ClientComparison], path: Any, title: str
 def scattered(folders: Mapping[Key, Path], *, archs: Sequence[str], count: int,
               label: int | None) -> Measured:
     """t-SNE of stage 3 features of some networks, of test images of a class (None: of all)."""
+    for folder in folders.values():  # before the first takes a round
+        settings = files.read_config(folder)
+        made = list(run.METHODS[settings["method"]].networks[settings["model"]])
+        here = {models.architecture_of(k, settings["clients"], made)
+                for k in range(settings["clients"])}
+        if lacking := set(archs) - here:
+            raise ValueError(f"no client of {folder} has {', '.join(sorted(lacking))}")
+
     values, panels = {}, {}
     for (row, _), folder in folders.items():
         seen = _compared(folder)

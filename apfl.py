@@ -375,6 +375,7 @@ def apfl_finish(experiment: Experiment, server: dict, done: dict, save: Callable
                          synthetic_per_class=synthetic_per_class, friend_labels=friend_labels)
         tasks = [Task(client, 0, (server["weights"][client.arch], net))
                  for client in experiment.clients]
+        print(f"each friend model begins with {synthetic_per_class * len(net.semantics):,} samples")
         results = train_clients(experiment, update, tasks, "friend models")
         done = save(done | {"friends": {k: result.kept for k, result in results.items()}})
 

@@ -604,7 +604,7 @@ def feddf_distil(server: dict, updates: Mapping[int, Update], network: Callable,
     network: (architecture, weights) -> a network
     proxy: two or more images, whose labels are not read; None only without steps
     validation: labelled images, on which the best of the average and of the students after every
-        DISTILLATION_CHECK steps is chosen, as in the released code; None: the last
+        DISTILLATION_CHECK steps is chosen, the first of equals; None: the last student
     Every architecture's student begins with the average of its clients, or its old weights without
     any, and learns from all clients.
     Raises FloatingPointError if a student is no longer finite.
@@ -635,7 +635,7 @@ def feddf_distil(server: dict, updates: Mapping[int, Update], network: Callable,
             if not all_finite(student.state_dict()):
                 raise FloatingPointError("distillation: a weight is no longer finite")
             right = num_right(student, validation)
-            if right >= best:
+            if right > best or validation is None:
                 best, new[arch] = right, copy_state(student)
     return {**server, "weights": new}
 

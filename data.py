@@ -7,9 +7,9 @@ them: nothing is copied per client, and no loader stands between the tensors and
 import hashlib
 import math
 import os
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -87,17 +87,17 @@ def drawn(draw: Callable, *size: object, rng: torch.Generator, device: torch.dev
 
 # ------------------------------------------------------------------------------------------ loading
 
-def load(dataset: str | Path, data_dir: str | Path = "data") -> Dataset:
+def load(dataset: str | Path, data_dir: str | Path = "data", *, download: bool = True) -> Dataset:
     """Load a data set by its name, or a user's data set by the path of an .npz file.
 
-    torchvision downloads all but "digits" into data_dir at first use.
+    torchvision downloads all but "digits" into data_dir at first use, unless download is False.
     Raises ValueError with one line that says what is wrong and what to do.
     """
     dataset = str(dataset)
     if dataset == "digits":
         return read_digits()
     if dataset in DATASETS:
-        return load_downloaded(dataset, data_dir)
+        return load_downloaded(dataset, data_dir, download)
     if dataset.lower().endswith(".npz"):
         return read_npz(dataset)
     raise ValueError(f"unknown dataset '{dataset}': choose one of {', '.join(DATASETS)}, or give "
@@ -122,31 +122,34 @@ def cache_path(dataset: str, data_dir: str | Path) -> Path:
     return Path(data_dir) / f"{dataset}-{IMAGE_SIZE}x{IMAGE_SIZE}.npz"
 
 
-def load_downloaded(dataset: str, data_dir: str | Path) -> Dataset:
+def load_downloaded(dataset: str, data_dir: str | Path, download: bool) -> Dataset:
     """Load one of torchvision's data sets from its resized copy, made at first use if possible."""
     cache = cache_path(dataset, data_dir)
-    with one_at_a_time(cache):  # another process may be making the same copy
-        if not cache.exists():
-            downloaded = download(dataset, data_dir)
-            if not write_cache(cache, partial(write_npz, data=downloaded)):
-                return downloaded
+    if not cache.exists():
+        with one_at_a_time(cache):  # another process may be making the same copy
+            if not cache.exists():
+                original = from_originals(dataset, data_dir, download)
+                if not write_cache(cache, partial(write_npz, data=original)):
+                    # The digest that its copy would have
+                    stored = stored_arrays(original).values()
+                    return original._replace(digest=digest(*stored, original.classes))
     try:
         return read_npz(cache)
     except ValueError as error:
         raise ValueError(f"the copy {cache} is damaged: delete it to have it made anew") from error
 
 
-def download(dataset: str, data_dir: str | Path) -> Dataset:
-    """Read torchvision's original files, downloaded if missing.  Raises ValueError on failure."""
+def from_originals(dataset: str, data_dir: str | Path, download: bool) -> Dataset:
+    """Read torchvision's original files, which it may download.  Raises ValueError on failure."""
     try:
-        return read_originals(dataset, str(data_dir))
+        return read_originals(dataset, str(data_dir), download)
     except Exception as error:  # torchvision raises a dozen kinds on a broken file
         raise ValueError(f"{dataset} cannot be loaded ({first_line(error)[:100]}): check the "
                          f"connection, or put sound original files into '{data_dir}' (--data-dir) "
                          "and delete damaged ones") from error
 
 
-def read_originals(dataset: str, root: str) -> Dataset:
+def read_originals(dataset: str, root: str, download: bool = True) -> Dataset:
     """Read one of torchvision's data sets from the folder root, verified by its checksums.
 
     SVHN is its train split alone (73,257 images).  EMNIST is its letters split, turned upright.
@@ -155,15 +158,16 @@ def read_originals(dataset: str, root: str) -> Dataset:
 
     # Train and test part, then the images (N, H, W) or (N, H, W, C) and labels of each
     if dataset == "svhn":
-        parts = [SVHN(root, split, download=True) for split in ("train", "test")]
+        parts = [SVHN(root, split, download=download) for split in ("train", "test")]
         arrays = [(part.data.transpose(0, 2, 3, 1), part.labels) for part in parts]
         return from_arrays(*arrays[0], *arrays[1], list("0123456789"))
     if dataset == "emnist":
-        parts = [EMNIST(root, "letters", train=train, download=True) for train in (True, False)]
+        parts = [EMNIST(root, "letters", train=train, download=download)
+                 for train in (True, False)]
         arrays = [(part.data.transpose(1, 2).numpy(), part.targets.numpy() - 1) for part in parts]
         return from_arrays(*arrays[0], *arrays[1], list("abcdefghijklmnopqrstuvwxyz"))
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100, "fashionmnist": FashionMNIST}[dataset]
-    parts = [kind(root, train=train, download=True) for train in (True, False)]
+    parts = [kind(root, train=train, download=download) for train in (True, False)]
     arrays = [(np.asarray(part.data), np.asarray(part.targets)) for part in parts]
     return from_arrays(*arrays[0], *arrays[1], parts[0].classes)
 
@@ -199,10 +203,14 @@ def read_npz(path: str | Path) -> Dataset:
 
 def write_npz(path: Path, data: Dataset) -> None:
     """Write a data set, completely or not at all, as an .npz that read_npz reads."""
-    write_atomically(path, lambda file: np.savez(
-        file, classes=np.array(data.classes),
-        x_train=data.x_train.permute(0, 2, 3, 1).numpy(), y_train=data.y_train.numpy(),
-        x_test=data.x_test.permute(0, 2, 3, 1).numpy(), y_test=data.y_test.numpy()))
+    write_atomically(path, lambda file: np.savez(file, **stored_arrays(data)))
+
+
+def stored_arrays(data: Dataset) -> dict[str, np.ndarray]:
+    """Arrays of a data set as in a file, images N x H x W x C."""
+    return {"classes": np.array(data.classes),
+            "x_train": data.x_train.permute(0, 2, 3, 1).numpy(), "y_train": data.y_train.numpy(),
+            "x_test": data.x_test.permute(0, 2, 3, 1).numpy(), "y_test": data.y_test.numpy()}
 
 
 # ----------------------------------------------------------------- checks and conversion of arrays
@@ -338,12 +346,22 @@ def write_cache(path: Path, write: Callable[[Path], object]) -> bool:
     return True
 
 
+@contextmanager
 def one_at_a_time(path: Path):
-    """Lock at which other processes of this machine wait that enter with the same path."""
+    """Have other processes that enter with the same path wait, if its folder can hold a lock."""
     from filelock import FileLock
 
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    return FileLock(f"{tempfile.gettempdir()}/{path.stem}-{name}.lock")
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    # A folder that cannot be written, another user's lock, a file system without locks
+    with suppress(OSError, NotImplementedError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
 
 # ----------------------------------------------------------------------------------- network input

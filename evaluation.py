@@ -91,8 +91,9 @@ def zero_shot_accuracies(right: Tensor, labels: Tensor, seen: Sequence[int],
         return 100 * float(sum(per_class) / max(1, len(per_class)))
 
     on_seen, on_unseen = mean_of_classes(seen), mean_of_classes(unseen)
-    return {"seen_accuracy": on_seen, "unseen_accuracy": on_unseen,
-            "harmonic_accuracy": 2 * on_seen * on_unseen / max(1e-9, on_seen + on_unseen)}
+    means = {"seen_accuracy": on_seen, "unseen_accuracy": on_unseen,
+             "harmonic_accuracy": 2 * on_seen * on_unseen / max(1e-9, on_seen + on_unseen)}
+    return {name: round(value, 9) for name, value in means.items()}  # 9 for 8.999999999999998
 
 
 def accuracies(experiment: Experiment, right: Mapping[int, Tensor]) -> dict:
@@ -132,7 +133,7 @@ def evaluate(experiment: Experiment, server: dict, memory: dict) -> dict:
         return accuracies(experiment, predicted_right(experiment, in_use))
     ((arch, whole),) = server["weights"].items()
     right = predicted_right(experiment, chain(in_use, [("full", arch, arch, whole)]))
-    full = 100 * float(right.pop("full").double().mean())
+    full = round(100 * float(right.pop("full").double().mean()), 9)
     return accuracies(experiment, right) | {"full_accuracy": full}
 
 

@@ -205,8 +205,8 @@ def describe(experiment: Experiment, server: dict) -> str:
     lines = [f"{settings['method']} on {settings['dataset']}: {len(dataset.y_train):,} training "
              f"and {len(dataset.y_test):,} test images of {height}x{width}x{channels}, "
              f"{len(dataset.classes)} classes",
-             f"{settings['rounds']} rounds with {participants} of {settings['clients']} clients, "
-             f"{settings['workers']} workers on {settings['device']}"
+             f"rounds: {settings['rounds']}; clients per round: {participants} of "
+             f"{settings['clients']}; workers: {settings['workers']} on {settings['device']}"
              + (f" in each of {ranks.count()} processes" if ranks.count() > 1 else "")]
     shown = [f"{name} {value}" for name, value in settings.items()
              if value is not None and not isinstance(value, dict)]

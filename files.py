@@ -84,6 +84,9 @@ def claim(out: Path, resume: bool) -> None:
     except Timeout as error:
         raise ValueError(f"{out} is in use by a run that has not ended: wait for its end, or "
                          "choose another --out") from error
+    except OSError as error:  # another user's folder, or a file system without locks
+        raise ValueError(f"{out} cannot be locked ({error.strerror}): choose an --out where you "
+                         "may write, on a file system with locks") from error
     _held = lock, new_folders
 
     # Remove half-written files, unless others show that the folder is in use
@@ -196,7 +199,7 @@ def check_agreement(out: Path, settings: dict, typed: dict) -> None:
     for name, value in (settings | typed).items():
         if is_input_file(name, value) and not Path(value).exists():
             raise ValueError(f"the run in {out} reads {value}, and there is no such file: pass its "
-                             f"location with --{name.replace('_', '-')}")
+                             f"location with --{name.replace('_', '-')} (in Python {name}=)")
 
 
 def is_input_file(name: str, value: object) -> bool:
@@ -210,7 +213,8 @@ def check_same(settings: dict, digests: Mapping[str, str]) -> dict:
     for name, digest in digests.items():
         if before.get(name, digest) != digest:
             flag, value = f"--{name.replace('_', '-')}", settings[name]
-            remedy = f"pass its location with {flag}" if Path(value).suffix else "restore its files"
+            remedy = (f"pass its location with {flag} (in Python {name}=)" if Path(value).suffix
+                      else "restore its files")
             raise ValueError(
                 f"{flag} {value} is not what this run began with: {remedy}, or {NEW_RUN}")
     return {"digests": before | digests}

@@ -230,8 +230,12 @@ def sample(generator: SemanticGenerator, y: Tensor, rng: torch.Generator) -> Ten
     In training mode an image would depend on the other labels of its batch.
     """
     generator.eval()
-    images = []
-    for labels in y.split(SAMPLE_BATCH):
+    images = None  # all in one tensor from the start: joining parts would hold each image twice
+    for start in range(0, len(y), SAMPLE_BATCH):
+        labels = y[start:start + SAMPLE_BATCH]
         z = drawn(torch.randn, len(labels), generator.noise_dim, rng=rng, device=y.device)
-        images.append(generator(z, labels))
-    return torch.cat(images)
+        batch = generator(z, labels)
+        if images is None:
+            images = batch.new_empty(len(y), *batch.shape[1:])
+        images[start:start + SAMPLE_BATCH] = batch
+    return images

@@ -27,7 +27,11 @@ File = Path | BinaryIO
 
 def new_figure(width: float, height: float):
     """An empty figure, in inches; the first one imports matplotlib, which takes long."""
-    from matplotlib.figure import Figure
+    try:
+        from matplotlib.figure import Figure
+    except ValueError:  # MPLBACKEND names a notebook's backend, which is not here; none is needed
+        os.environ.pop("MPLBACKEND", None)
+        from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -69,7 +73,8 @@ def finish(figure, path: File, title: str, legend: str | None = None) -> None:
         columns = {"ncols": len(handles)} if "lower" in legend else {}
         figure.legend(handles.values(), handles.keys(), loc=legend, **columns)
     # Some 11 letters of the title fit into an inch.
-    figure.suptitle(textwrap.fill(title, int(11 * figure.get_figwidth())), parse_math=False)
+    lines = textwrap.fill(title, int(11 * figure.get_figwidth()), break_on_hyphens=False)
+    figure.suptitle(lines, parse_math=False)
     # matplotlib would warn of each letter that its font lacks.
     with warnings.catch_warnings(action="ignore", category=UserWarning):
         figure.savefig(path, dpi=DPI, format="png")
@@ -123,6 +128,7 @@ def draw_samples(path: File, images: Tensor, names: Sequence[str],
     for axes, start in zip(figure.subplots(1, len(starts), squeeze=False)[0], starts):
         rows = slice(start, start + SHEET_ROWS)
         show_images(axes, images[rows])
+        axes.set_anchor("N")  # the last column may be shorter
         heights = (np.arange(len(images[rows])) + 0.5) * images.shape[3]
         axes.set_yticks(heights, texts[rows], parse_math=False)
         for is_seen, tick in zip(seen[rows], axes.get_yticklabels()):
@@ -305,11 +311,12 @@ def partition_table(counts: Sequence[Sequence[int]], archs: Sequence[str], names
     # Remarks
     remarks, sizes = [], [sum(row) for row in counts]
     if dropouts:
-        remarks.append(f"dropout clients: {', '.join(map(str, dropouts))}; classes held by "
-                       f"dropout clients alone: {', '.join(unseen)}")
+        text = (f"dropout clients: {', '.join(map(str, dropouts))}; classes held by dropout "
+                f"clients alone: {', '.join(unseen)}")
+        remarks.append(textwrap.fill(text, 100, break_on_hyphens=False))
     if absent := sum(not any(column) for column in zip(*counts)):
         remarks.append(f"{absent} of {len(names)} classes are held by no client, and their images "
-                       "are not used; more --clients hold more classes")
+                       "are not used; more --clients or --classes-per-client hold more")
     if len(counts) > 20 or len(names) > 12:
         lines = [f"images per client: {min(sizes)} to {max(sizes)}, mean {np.mean(sizes):.0f}"]
         return "\n".join(lines + remarks)

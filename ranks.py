@@ -43,7 +43,8 @@ def is_first() -> bool:
 
 def join() -> None:
     """Meet the other ranks, if torchrun has started this process; all but the first fall silent."""
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+    # WORLD_SIZE alone may be left over from something else.
+    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) < 2:
         return
     global _store
     # A GPU per rank of this machine
@@ -52,7 +53,6 @@ def join() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # gloo on GPUs too: NCCL would block the GPU of a waiting rank, whose threads train clients.
     dist.init_process_group("gloo", store=_store, rank=rank, world_size=size, timeout=PATIENCE)
-    signal.signal(signal.SIGTERM, end)
     if rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
 
@@ -77,7 +77,7 @@ def num_cores() -> int:
 
 def share_of_cores() -> int:
     """Number of cores per rank of this machine."""
-    return max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, num_cores() // (int(os.environ["LOCAL_WORLD_SIZE"]) if count() > 1 else 1))
 
 
 def own_device(device: str) -> str:
@@ -154,12 +154,13 @@ def leave() -> None:
 
 
 def end(*_: object) -> NoReturn:
-    """Handle SIGTERM, which torchrun sends if another rank dies: end in an orderly way.
+    """Handle SIGTERM: end as by Ctrl-C, or as other ranks do if one of them dies.
 
-    The handler waits during a broadcast, which fails once the rank that works for it has ended.
+    A cluster sends it before it takes a machine away, torchrun if a rank dies.  Between ranks the
+    handler waits during a broadcast, which fails once the rank that works for it has ended.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise ConnectionError(f"{ENDED} (SIGTERM)")
+    raise ConnectionError(f"{ENDED} (SIGTERM)") if count() > 1 else KeyboardInterrupt
 
 
 def is_speaker() -> bool:

@@ -294,8 +294,8 @@ def notes_of(table: Mapping, lines: Lines, args: Namespace) -> list[str]:
     """Sentences on scale, command, code and machines, and on differences."""
     # Scale
     scale, setting = experiments.SCALES[args.scale], table["setting"]
-    methods = {flags["method"] for flags in cells(table).values()}
-    parts = [setting, *(f"method {name}" for name in sorted(methods))]
+    used = [cell for key, cell in cells(table).items() if lines[key]]
+    parts = [setting, *sorted({f"method {cell['method']}" for cell in used})]
     flags = [f"{flag} {value}" for part in parts for flag, value in scale.get(part, {}).items()]
     notes = [f"Scale **{args.scale}**: `--setting {setting}` with "
              f"{', '.join(dict.fromkeys(flags)) or 'nothing else'}."]
@@ -308,7 +308,7 @@ def notes_of(table: Mapping, lines: Lines, args: Namespace) -> list[str]:
     machines = "; ".join(sorted({line["machine"] for line in runs})) or "none"
     analyses = f" Analyses of commit {today} on {files.machine()}." if table.get("networks") else ""
     notes.append(f"`{args.command}`. Runs: {origin}. Machines: {machines}.{analyses}")
-    return notes + substitutions(table, list(cells(table).values()), args)
+    return notes + substitutions(table, used, args)
 
 
 def substitutions(table: Mapping, used: Sequence[Mapping], args: Namespace) -> list[str]:

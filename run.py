@@ -12,6 +12,7 @@ baselines.py, widths.py, fedgen.py, fedin.py and apfl.py.
 import argparse
 import math
 import os
+import signal
 import sys
 import textwrap
 import time
@@ -228,12 +229,10 @@ def settings_to_resume(out: Path, typed: dict) -> dict:
 
 # ------------------------------------------------------------------------------- set-up of a run
 
-def set_up(argv: list[str] | None, *, once_more: bool = False,
-           ) -> tuple[Experiment, Progress, list[dict], Path] | None:
+def set_up(argv: list[str] | None) -> tuple[Experiment, Progress, list[dict], Path] | None:
     """From the command line to an experiment, its progress and metrics so far, and its folder.
 
-    None: the run is finished, unless it is to be set up once more.
-    Raises ValueError or OSError if the user has to change something.
+    None: the run is finished.  Raises ValueError or OSError if the user has to change something.
     """
     typed = read_command_line(argv)
     resume, out = typed.pop("resume", False), typed.pop("out", None)
@@ -246,15 +245,12 @@ def set_up(argv: list[str] | None, *, once_more: bool = False,
 
     # Rank 0 reads for all ranks.  Equal bits need equal thread counts in all ranks.
     torch.set_num_threads(ranks.num_cores())
-    inputs = ranks.on_rank(0, partial(read_inputs, typed, out, resume, start_from, once_more))
+    inputs = ranks.on_rank(0, partial(read_inputs, typed, out, resume, start_from))
     if inputs is None:
         return None
-    settings, split, progress, history = inputs
-    settings["device"] = ranks.own_device(settings["device"])
-    if settings["device"].startswith("cuda"):
-        graphs.make_deterministic()
-    split, progress = models.on_device((split, progress), settings["device"])
-    experiment = prepare_experiment(METHODS[settings["method"]], settings, split)
+    *on_cpu, history = inputs
+    experiment, progress = on_own_device(*on_cpu)
+    settings = experiment.settings
 
     print(describe(experiment, progress.server))
     if settings["setting"] != "quick" and settings["device"] == "cpu":
@@ -264,9 +260,55 @@ def set_up(argv: list[str] | None, *, once_more: bool = False,
     return experiment, progress, history, out
 
 
+def on_own_device(settings: dict, split: partitions.Split,
+                  progress: Progress) -> tuple[Experiment, Progress]:
+    """An experiment and its progress on this rank's device."""
+    settings["device"] = ranks.own_device(settings["device"])
+    if settings["device"].startswith("cuda"):
+        graphs.make_deterministic()
+    split, progress = models.on_device((split, progress), settings["device"])
+    return prepare_experiment(METHODS[settings["method"]], settings, split), progress
+
+
+def open_run(folder: str | Path, **moved: str | None) -> tuple[Experiment, Progress]:
+    """Experiment and progress of a run, to look at: nothing in its folder or data changes.
+
+    moved: dataset (a file), data_dir or device, where they are not those of the run; by default
+        device is this machine's
+    Raises ValueError if there is no run, or its data are not here.
+    """
+    typed = {name: str(value) for name, value in moved.items() if value is not None}
+    settings = settings_to_resume(Path(folder), {"device": None, **typed})
+    settings, split = read_data(settings, download=False)
+    saved = files.load_checkpoint(Path(folder), "cpu")
+    if saved is None:
+        raise ValueError(f"{folder} has no checkpoint: resume its run by --resume")
+    experiment = prepare_experiment(METHODS[settings["method"]], settings, split)
+    first = files.first_progress(first_server(experiment))
+    progress = continue_from(Path(folder), saved, first, experiment, {})
+    return on_own_device(settings, split, progress)
+
+
+def read_data(settings: dict, *, download: bool = True) -> tuple[dict, partitions.Split]:
+    """Load and split a run's data; returns settings with those that depend on data or others."""
+    loaded = data.load(settings["dataset"], settings.get("data_dir", "data"), download=download)
+    depending = {"beta": apfl.BETA_COLOUR if loaded.x_train.shape[1] == 3 else apfl.BETA_GRAY,
+                 "classes_per_client": partitions.classes_each(len(loaded.classes),
+                                                               settings["missing_classes"]),
+                 "finetune_epochs": settings["local_epochs"]}
+    settings = settings | {name: value for name, value in depending.items()
+                           if settings.get(name, value) is None}
+    split = partitions.split_by_settings(loaded, settings)
+    digests = {"dataset": loaded.digest}
+    if files.is_input_file("proxy", settings.get("proxy")):
+        digests["proxy"] = data.digest(split.proxy)
+    return settings | {"input": partitions.network_input(split),
+                       **files.check_same(settings, digests)}, split
+
+
 def read_inputs(
         typed: dict, out: Path, resume: bool, start_from: str | None = None,
-        once_more: bool = False) -> tuple[dict, partitions.Split, Progress, list[dict]] | None:
+        ) -> tuple[dict, partitions.Split, Progress, list[dict]] | None:
     """Claim the folder of a run, and read its files and data.
 
     Returns settings, split data, progress and the lines of metrics.jsonl so far; None after the
@@ -281,24 +323,10 @@ def read_inputs(
     if resume:
         settings = settings_to_resume(out, typed)
         result = files.finished_result(out, settings)
-        if result is not None and not once_more:
+        if result is not None:
             print(f"the run in {out} is finished\n{pictures.result_text(result)}")
             return None
-    settings |= {"versions": files.versions()}
-
-    # Data, and defaults that need data or other settings
-    loaded = data.load(settings["dataset"], settings.get("data_dir", "data"))
-    depending = {"beta": apfl.BETA_COLOUR if loaded.x_train.shape[1] == 3 else apfl.BETA_GRAY,
-                 "classes_per_client": partitions.classes_each(len(loaded.classes),
-                                                               settings["missing_classes"]),
-                 "finetune_epochs": settings["local_epochs"]}
-    settings |= {name: value for name, value in depending.items()
-                 if settings.get(name, value) is None}
-    split = partitions.split_by_settings(loaded, settings)
-    digests = {"dataset": loaded.digest}
-    if files.is_input_file("proxy", settings.get("proxy")):
-        digests["proxy"] = data.digest(split.proxy)
-    settings |= {"input": partitions.network_input(split), **files.check_same(settings, digests)}
+    settings, split = read_data(settings | {"versions": files.versions()})
 
     # Progress
     experiment = prepare_experiment(METHODS[settings["method"]], settings, split)
@@ -404,13 +432,16 @@ def train_round(experiment: Experiment, t: int, server: dict,
     updates = {k: result.update for k, result in results.items()}
     if method.server_update is not None:
         server = method.server_update(server, updates)
+    figures = {}
     if method.distil is not None:
-        stream = data.streams(experiment.settings["seed"], t, 0)
+        stream, averaged = data.streams(experiment.settings["seed"], t, 0), server
         server = train_server(experiment, partial(method.distil, server, updates,
                                                   experiment.network, stream))
+        pairs = zip(*(models.tensors_in(state["weights"]) for state in (averaged, server)))
+        figures["distilled"] = not all(torch.equal(before, after) for before, after in pairs)
 
     # Log
-    figures = traffic((task.received, results[task.client.id]) for task in tasks)
+    figures |= traffic((task.received, results[task.client.id]) for task in tasks)
     clock = max(result.samples / experiment.speeds[k] for k, result in results.items())
     return server, memory, {**figures, "clock": clock}
 
@@ -462,9 +493,11 @@ def train_rounds(experiment: Experiment, progress: Progress, history: list[dict]
                 saved = t
             bar.update()
             if t == start + 1 < settings["rounds"]:
-                left = (time.perf_counter() - round_start) * (settings["rounds"] - t)
-                bar.write(f"round {t} took {seconds:.1f} s; at this pace the others take "
-                          f"{bar.format_interval(left)}", file=sys.stdout)
+                took = time.perf_counter() - round_start
+                what = "" if files.is_evaluated(t, settings) else ", without evaluation"
+                bar.write(f"round {t} took {took:.1f} s{what}; at this pace the others take "
+                          f"{bar.format_interval(took * (settings['rounds'] - t))}",
+                          file=sys.stdout)
     except (KeyboardInterrupt, ConnectionError):
         if progress.round > saved:
             files.save_checkpoint(out, progress)
@@ -502,11 +535,16 @@ def train(experiment: Experiment, progress: Progress, history: list[dict], out: 
         drawings |= ending.pictures
 
     # Results
+    if not any(line.get("distilled", True) for line in history):
+        print("no student was better than its clients' average, so these are FedAvg's numbers")
     drawings["curves.png"] = partial(pictures.draw_curves, history=history, title=title)
     result = files.summarise(history, totals | {"seconds": time.perf_counter() - started})
     result |= files.peak_memory(experiment.settings["device"])
     for name, draw in drawings.items():
-        files.write(out / name, draw)
+        try:
+            files.write(out / name, draw)
+        except Exception as error:  # matplotlib raises any kind; no picture is worth a run
+            print(f"warning: {name} could not be drawn ({files.first_line(error)})")
     files.write_json(out / "result.json", result)  # last, since it tells that the run is finished
     if ranks.is_first():
         print(f"\n{pictures.result_text(result)}\nwritten to {out}: "
@@ -535,6 +573,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, ranks.end)
     sys.stdout, sys.stderr = pictures.Display(sys.stdout), pictures.Display(sys.stderr)
     exit_status = main()
     sys.stdout.flush()

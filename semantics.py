@@ -109,6 +109,12 @@ def read_embeddings(path: str | Path, classes: Sequence[str]) -> np.ndarray:
     return chosen
 
 
+# First bytes of files that hold word vectors, but not as text, and what makes text of them
+NO_TEXT = {b"\x1f\x8b": "compressed: unpack it by gunzip", b"PK": "a zip archive: unpack it",
+           b"\xff\xfe": "UTF-16: convert it by iconv -f UTF-16 -t UTF-8",
+           b"\xfe\xff": "UTF-16: convert it by iconv -f UTF-16 -t UTF-8"}
+
+
 def read_word_vectors(path: str | None, classes: Sequence[str]) -> np.ndarray:
     """Mean word vectors (classes, d_A) over the words of each class name, from a text file.
 
@@ -132,6 +138,14 @@ def find_vectors(path: str, words: set[str]) -> dict[str, np.ndarray]:
     """Read the vectors of a text file for each word whose lower-case form is in words."""
     vectors = {}
     try:
+        with open(path, "rb") as file:
+            start = file.read(4096)
+        for magic, reason in NO_TEXT.items():
+            if start.startswith(magic):
+                raise ValueError(f"it is {reason}")
+        if b"\0" in start:
+            raise ValueError("it is binary: gensim's KeyedVectors.load_word2vec_format(FILE, "
+                             "binary=True).save_word2vec_format(TEXT) makes text of word2vec's")
         with open(path, encoding="utf-8-sig", errors="replace") as file:
             for line in file:
                 word, _, numbers = line.strip().replace("\t", " ").partition(" ")

@@ -313,7 +313,7 @@ def rounds_on_gpu(title: str, images: Path, **typed) -> None:
 PARTS = {"starting": starting, "update": update, "round": rounds, "ranks": process_counts,
          "clients": client_counts, "methods": costs_of_methods, "gpu": on_gpu}
 HEADS = {"methods": "method, networks | s per round | peak of the process, MB | MB sent per client "
-                    "and round"}  # of the others: measured | first | second | ratio
+                    "and round"}  # others: measured | first | second | ratio
 
 if __name__ == "__main__":
     print(f"`python -m tests.benchmark {' '.join(sys.argv[1:])}`, commit {files.commit()}, torch "

@@ -103,6 +103,15 @@ def test_tsne_places_sets_together_and_keeps_neighbours_together():
     assert (a - b).norm() > 3 * max((a - c).norm(), (points["b"] - b).norm(dim=1).mean())
 
 
+def test_features_of_dead_and_diverged_networks_have_their_answers():
+    dead = {"a": torch.ones(40, 5), "b": torch.ones(40, 5)}
+    assert all(not points.any() and points.shape == (40, 2)
+               for points in analysis.tsne(dead).values())
+    with pytest.raises(ValueError, match="has the run diverged"):
+        analysis.tsne(dead | {"b": torch.full((40, 5), torch.nan)})
+    assert analysis.cka_map([normal(40, 5), dead["a"]])[0].tolist() == pytest.approx([1, 0])
+
+
 def test_neighbours_are_of_their_own_set_where_sets_lie_apart_and_of_any_where_they_agree():
     x = normal(90, 6)
     assert analysis.own_neighbours({"a": x, "b": x + 30, "c": x - 30}) == 1
@@ -206,8 +215,11 @@ def test_questions_that_a_run_cannot_answer_are_errors(folder_of, tmp_path):
             (more, local, {}, "clients send nothing"), (more, tmp_path, {}, "there is no run")):
         with pytest.raises(ValueError, match=words):
             ask(folder, **choice)
-    with pytest.raises(ValueError, match="must be uint8 of shape"):
-        network(local, client=0)(torch.zeros(2, 1, 32, 32))
+    for images, words in ((torch.zeros(2, 1, 32, 32), "must be uint8 of shape"),
+                          (torch.zeros(0, 1, 32, 32, dtype=torch.uint8), "N > 0"),
+                          (np.zeros((2, 1, 32, 32), np.uint8), "a tensor, not ndarray")):
+        with pytest.raises(ValueError, match=words):
+            network(local, client=0)(images)
 
 
 @pytest.mark.parametrize("name, done", [("fedavg-ft", []), ("apfl", ["late", "generator"])])
@@ -244,6 +256,29 @@ def test_one_more_round_has_the_uploads_of_the_next_round(folder_of, tmp_path):
     assert alike(experiment.method.server_update(first, {k: updates[k] for k in drawn}), second)
 
 
+def test_a_run_is_looked_at_from_anywhere_with_data_that_have_moved(run_of, tmp_path, monkeypatch):
+    moved, gone = tmp_path / "moved.npz", tmp_path / "gone.npz"
+    shutil.copy(few_digits(), gone)
+    go(tmp_path / "run", *FLAGS, "--method", "scaffold", "--dataset", str(gone))
+    gone.rename(moved)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    monkeypatch.chdir("/")
+    with pytest.raises(ValueError, match="in Python dataset="):
+        analysis.one_more_round(tmp_path / "run")
+    _, updates = analysis.one_more_round(tmp_path / "run", dataset=moved, device="cpu")
+    assert len(updates) == 3
+    assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+
+
+def test_questions_that_fit_no_client_are_refused_before_the_round(folder_of, monkeypatch):
+    monkeypatch.setattr(analysis, "train_clients", None)
+    with pytest.raises(ValueError, match="no client of .* has resnet10, resnet14$"):
+        analysis.scattered({("a", "b"): folder_of("fedin")}, count=3, label=None,
+                           archs=("resnet10", "resnet14", "resnet18"))
+    with pytest.raises(ValueError, match="only ResNets have stages"):
+        analysis.compare_clients(folder_of("scaffold"))
+
+
 def test_clients_are_compared_on_the_whole_test_set(folder_of, monkeypatch):
     # Three clients of two networks, in a run that was tested on five images
     experiment, _ = analysis.one_more_round(folder_of("scaffold"))
@@ -255,6 +290,7 @@ def test_clients_are_compared_on_the_whole_test_set(folder_of, monkeypatch):
         clients=[experiment.clients[0]._replace(arch=arch) for arch in archs])
     updates = {k: fedin.Upload(nets[k].state_dict(), 1, None) for k in (2, 0, 1)}
     monkeypatch.setattr(analysis, "one_more_round", lambda folder: (experiment, updates))
+    monkeypatch.setattr(files, "read_config", lambda folder: {"model": "resnets"})
     compared = analysis.compare_clients("", images=30)
 
     rows = np.linspace(0, len(whole.y_test) - 1, 30).astype(int)

@@ -13,6 +13,7 @@ import struct
 from itertools import product
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import scipy.io
@@ -198,6 +199,42 @@ def test_original_files_are_read_once_and_then_from_one_cache_file(name, tmp_pat
     assert list(tmp_path.iterdir()) == [data.cache_path(name, tmp_path)]
     again = data.load(name, tmp_path)
     assert same(first, again) and first.digest == again.digest != ""
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "another user's"), OSError(37, "no locks"),
+                                   NotImplementedError("no locks")])
+def test_a_data_set_loads_without_a_lock_where_there_is_none_and_needs_none_later(error, tmp_path,
+                                                                                  monkeypatch):
+    def acquire(lock):
+        asked.append(lock)
+        raise error
+
+    asked, folder = [], tmp_path / "new"
+    write_fashionmnist(folder, monkeypatch)
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    first = data.load("fashionmnist", folder)
+    assert len(asked) == 1 and same(data.load("fashionmnist", folder), first) and len(asked) == 1
+
+
+def test_originals_whose_copy_cannot_be_kept_have_its_digest(tmp_path, monkeypatch, capsys):
+    def refuse(path, fill):
+        raise OSError("read-only")
+
+    write_fashionmnist(tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "write_atomically", refuse)
+        kept_nowhere = data.load("fashionmnist", tmp_path)
+    assert "makes it anew" in capsys.readouterr().out
+    kept = data.load("fashionmnist", tmp_path)
+    assert same(kept, kept_nowhere) and kept.digest == kept_nowhere.digest != ""
+
+
+def test_nothing_is_downloaded_for_who_only_reads(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "download", asked.append)
+    with pytest.raises(ValueError, match="fashionmnist cannot be loaded"):
+        data.load("fashionmnist", tmp_path, download=False)
+    assert not asked
 
 
 def test_a_damaged_cache_is_an_error_that_says_to_delete_it(tmp_path, monkeypatch):

@@ -119,14 +119,15 @@ def test_ctrl_c_between_checkpoints_saves_the_last_finished_round(last, tmp_path
     assert resumed_is(whole, tmp_path)
 
 
-def test_ctrl_c_leaves_a_run_to_resume(tmp_path, whole):
-    process = start(tmp_path / "out", *whole[0])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])  # Ctrl-C, and a cluster's
+def test_a_signal_leaves_a_run_to_resume(number, tmp_path, whole):
+    process = start(tmp_path / "out", *whole[0], "--checkpoint-every", "4")
     assert any("round 1 took" in line for line in process.stdout)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate()
     assert process.returncode == 130
     assert error.count("\n") == 1 and "--resume" in error and "Traceback" not in error
-    assert resumed_is(whole, tmp_path / "out")
+    assert checkpoint(tmp_path / "out")["round"] >= 1 and resumed_is(whole, tmp_path / "out")
 
 
 def test_stopped_in_the_stages_and_resumed_a_run_ends_as_if_never_stopped(tmp_path, whole_apfl,

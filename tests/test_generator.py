@@ -1,6 +1,7 @@
 """AP-FL's generator: layers, losses and steps against plain loops, sampling, unseen classes."""
 
 import copy
+import weakref
 from itertools import permutations, product
 
 import numpy as np
@@ -284,6 +285,18 @@ def test_samples_are_the_images_of_one_stream_of_noise_however_many_at_a_time(ch
     assert images.shape == (11, 1, 32, 32) and not images.requires_grad
     expected = net.eval()(torch.randn(11, 16, generator=random(3)), y)
     torch.testing.assert_close(images, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_is_held_once_while_others_are_sampled(monkeypatch):
+    def forward(z, labels):
+        assert all(made() is None for made in batches[:-1])  # the last one is about to go
+        batches.append(weakref.ref(images := torch.zeros(len(labels), 1, 32, 32)))
+        return images
+
+    batches, net = [], small_generator(noise_dim=2)
+    monkeypatch.setattr(generator, "SAMPLE_BATCH", 2)
+    monkeypatch.setattr(net, "forward", forward)
+    assert len(generator.sample(net, torch.arange(5), random(3))) == 5 and len(batches) == 3
 
 
 # ----------------------------------------------------------------------------------- unseen classes

@@ -2,9 +2,12 @@
 
 import io
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from commands import ROOT
 from matplotlib.figure import Figure
 
 import pictures
@@ -58,6 +61,22 @@ def test_a_sheet_of_samples_has_a_row_per_class_and_marks_the_unseen(drawn):
     assert sheet.shape == (4 * 8, 4 * 8) and (sheet[8:16, 16:24] == 200).all()
     assert sheet.sum() == 64 * 200 and first.images[0].get_array().sum() == 0
     assert labels_of(second) == ["class 26", "class 27 (unseen)", "class 28", "class 29"]
+    assert first.get_anchor() == second.get_anchor() == "N"  # columns begin level
+
+
+def test_a_notebooks_backend_in_the_environment_costs_no_picture(tmp_path):
+    program = ("import torch, pictures; pictures.draw_samples('s.png', torch.zeros(2, 1, 1, 8, 8, "
+               "dtype=torch.uint8), 'ab', [True, False], 'samples of AP-FL and of others')")
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path, env=os.environ | {
+        "MPLBACKEND": "module://of_a_notebook.inline", "PYTHONPATH": str(ROOT)})
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_titles_break_between_words_alone(drawn):
+    figure = pictures.new_figure(1, 1)
+    figure.subplots()
+    pictures.finish(figure, "t.png", "AP-FL, AP-FL, AP-FL")
+    assert drawn[0].get_suptitle().split("\n") == ["AP-FL,", "AP-FL,", "AP-FL"]
 
 
 def test_the_curve_over_beta_tells_clients_that_took_part_from_dropouts(drawn):
@@ -144,6 +163,10 @@ def test_the_table_of_a_partition_has_a_row_per_client_and_says_what_is_missing(
     assert rows[2].split() == ["1", "resnet10", "12", ".", "12", "."]
     assert rows[3] == "dropout clients: 1; classes held by dropout clients alone: dog"
     assert rows[4].startswith("1 of 3 classes are held by no client")
+    assert rows[4].endswith("more --clients or --classes-per-client hold more")
+    names = [f"a class of {number}" for number in range(40)]
+    text = pictures.partition_table([[1] * 40], ["cnn"], names, names[20:], [0])
+    assert max(map(len, text.splitlines())) <= 100
     assert pictures.partition_table([[1, 2]] * 20, ["cnn"] * 20, ["a", "b"]).count("\n") == 20
     many = pictures.partition_table([[1, 2]] * 20 + [[3, 6]], ["cnn"] * 21, ["a", "b"])
     assert many == "images per client: 3 to 9, mean 3"

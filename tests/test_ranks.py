@@ -82,6 +82,9 @@ def test_one_process_speaks_and_cores_are_shared_by_all(monkeypatch):
     monkeypatch.setattr(ranks, "_store", dist.HashStore())
     assert [ranks.is_speaker() for _ in range(3)] == [True, False, False]
     monkeypatch.setattr(ranks, "num_cores", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # left over: torchrun did not start this process
+    assert ranks.share_of_cores() == 6
+    monkeypatch.setattr(ranks, "count", lambda: 2)
     shares = {}
     for processes in "1248":
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)

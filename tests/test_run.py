@@ -44,7 +44,8 @@ def test_a_run_says_what_it_does_and_leaves_its_files(tmp_path, capsys):
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == str(np.random.get_state())
     shown = capsys.readouterr()
     assert shown.err == "" and all(text in shown.out for text in (
-        "fedin on", "3 of 5 clients", "cnn: 876,938 parameters", "traffic: about", "3/3", str(out)))
+        "fedin on", "clients per round: 3 of 5", "cnn: 876,938 parameters", "traffic: about", "3/3",
+        str(out)))
     assert {path.name for path in out.iterdir()} == {
         "config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "curves.png"}
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -68,6 +69,25 @@ def test_a_run_says_what_it_does_and_leaves_its_files(tmp_path, capsys):
     assert (final["best_accuracy"], final["best_round"]) == (best["accuracy"], best["round"])
     assert final["last10_accuracy"] == sum(entry["accuracy"] for entry in entries) / 2
     assert final["samples"] == 3 * 3 * 24
+
+
+def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ValueError("no font")
+
+    monkeypatch.setattr("pictures.draw_curves", fail)
+    go(tmp_path, *CNN, "--rounds", "1")
+    assert result(tmp_path)["rounds"] == 1 and not (tmp_path / "curves.png").exists()
+    assert "warning: curves.png could not be drawn (no font)" in capsys.readouterr().out
+
+
+def test_feddf_says_that_its_students_never_were_better(tmp_path, monkeypatch, capsys):
+    feddf, looks = [*CNN, "--method", "feddf", "--rounds", "1"], iter(range(9))
+    monkeypatch.setattr(baselines, "num_right", lambda model, data: next(looks))
+    for steps, distilled in (("0", False), ("60", True)):
+        (line,) = go(tmp_path / steps, *feddf, "--distillation-steps", steps)
+        assert line["distilled"] is distilled
+        assert ("these are FedAvg's numbers" in capsys.readouterr().out) is not distilled
 
 
 def test_a_round_lasts_as_long_as_its_slowest_participant_and_totals_are_sums(run_of):
@@ -222,7 +242,9 @@ def test_a_damaged_setting_is_noticed_on_resume(name, tmp_path):
         "--method feddf --distillation-steps 0"))])
 def test_switched_off_a_method_is_the_one_that_is_left(base, flags, others, run_of):
     one, other = (run_of(*base, "--rounds", "2", *words.split()) for words in (flags, others))
-    assert lines(one) == lines(other)
+    kept = [{name: value for name, value in line.items() if name != "distilled"}
+            for line in lines(one)]
+    assert kept == lines(other)
 
 
 def test_each_option_makes_a_difference(run_of):

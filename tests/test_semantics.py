@@ -1,5 +1,6 @@
 """The sources of A(y): tables, .npz files, word vectors and text encoders, and their errors."""
 
+import gzip
 import json
 import logging
 import socket
@@ -138,12 +139,23 @@ def test_words_of_a_name_are_looked_up_as_they_are_then_in_lower_case_and_averag
 @pytest.mark.parametrize("content, words", [
     (b"cat 1 2\ndog 3 4\nfrog 5 6 7\n", "one length"),
     (b"cat 1 2\ndog 3 nan\nfrog 5 6\n", "'dog'"), (b"cat\ndog\nfrog\n", "'cat'"),
-    (bytes(range(256)) * 40, "'cat'")])
+    (bytes(range(1, 256)) * 40, "'cat'")])
 def test_wrong_word_vectors_are_an_error_that_names_the_file(content, words, tmp_path):
     path = tmp_path / "vectors.txt"
     path.write_bytes(content)
     message = complaint(load, "word2vec", ANIMALS, word_vectors=str(path))
     assert words in message and str(path) in message
+
+
+@pytest.mark.parametrize("content, words", [
+    (gzip.compress(b"a 1 2\nb 3 4\n"), "gunzip"), ("a 1 2\nb 3 4\n".encode("utf-16"), "iconv"),
+    (b"2 2\na " + np.float32([1, 2]).tobytes() + b"\nb ", "binary=True")])
+def test_word_vectors_that_are_no_text_are_an_error_that_tells_how_to_convert_them(content, words,
+                                                                                   tmp_path):
+    path = tmp_path / "vectors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        semantics.read_word_vectors(str(path), ["a", "b"])
 
 
 def test_word_vectors_that_are_not_there_are_an_error(tmp_path):

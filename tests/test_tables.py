@@ -273,6 +273,8 @@ def test_clients_are_shown_by_stage_and_by_method(monkeypatch):
                                      torch.arange(40) % 2)
     folders = []
     monkeypatch.setattr(analysis, "_compared", lambda folder: folders.append(folder) or seen)
+    monkeypatch.setattr(files, "read_config", lambda folder: {
+        "method": "fedin", "model": "resnets", "clients": 5})
     lines = {("FedIN", "IID"): [{"id": "a"}]}
     for shown in ("stages", "maps"):
         values, notes, draw = report.of_networks("similarity", {}, lines, ARGS, shown=shown)
