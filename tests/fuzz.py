@@ -1,15 +1,19 @@
-"""Break files that a run reads, and type wrong flags; each mistake has to end in one line.
+"""Break files, flags, environment and rights of runs; each mistake has to end in one line.
 
     python -m tests.fuzz [CASES [SEED]]     some minutes; not collected by pytest
 
 Runs have to end with status 0 or 2 (wrong flags: also 1, diverged), and with one line on standard
-error at most.  Exits with status 1 if one does not.
+error at most; without a mistake of the user, with status 0 alone.  Exits with status 1 if one does
+not.
 """
 
 import contextlib
 import io
+import json
+import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -19,12 +23,19 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from commands import APFL, CNN, SMALL
+from commands import APFL, CNN, ROOT, SMALL
 
+import analysis
 import apfl
 import generator
+import report
 import run
 
+# Values that other programs leave in the environment
+LEFT_OVER = {"MPLBACKEND": ["module://of_a_notebook.inline", "qtagg"], "RANK": ["1", "x"],
+             "WORLD_SIZE": ["4", "x"], "LOCAL_WORLD_SIZE": ["8", "0"], "LOCAL_RANK": ["3"],
+             "MASTER_ADDR": ["nowhere"], "COLUMNS": ["0"], "PYTHONWARNINGS": ["error"]}
+LINES = ("null", "{}", '"text"', "[1]", "12", '{"id": []}', "\ufeff{}", '{"round": 1}', "\0", "{")
 ODD = ("-1", "0", "3", "0.5", "nan", "1e400", "", "x", "cnn", "[1]", "True", "nowhere.npz")
 
 
@@ -66,6 +77,62 @@ def status_of(*flags: str) -> tuple[int | str, str]:
             return type(raised).__name__, str(raised)
 
 
+def in_odd_environment(rng: random.Random, out: str) -> tuple[int, str]:
+    """Status and errors of a sound run in a process with variables that something else has left."""
+    names = rng.sample(sorted(LEFT_OVER), rng.randint(1, 3))
+    left = {name: rng.choice(LEFT_OVER[name]) for name in names}
+    done = subprocess.run([sys.executable, ROOT / "run.py", *CNN, "--rounds", "1", "--out", out],
+                          env=os.environ | left, capture_output=True, text=True)
+    return done.returncode, f"{left}: {done.stderr}" if done.returncode else done.stderr
+
+
+@contextlib.contextmanager
+def another_user(folder: Path):
+    """Be a user who may read a folder and write nothing in it."""
+    for path in (folder.parent, folder, *folder.iterdir()):
+        path.chmod(0o755 if path == folder.parent else 0o555)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(os.getuid())
+        folder.chmod(0o755)
+
+
+def with_rights_to_read(rng: random.Random, out: str) -> tuple[int, str]:
+    """Status and errors of someone else who resumes a run, starts one in it, or looks at it."""
+    if status_of("--rounds", "1", *CNN, "--out", out)[0] != 0:
+        return 3, "no run"
+    flags = rng.choice([["--resume"], ["--resume", "--rounds", "2"], CNN, None])
+    with another_user(Path(out)):
+        before = {path.name: path.stat().st_mtime_ns for path in Path(out).iterdir()}
+        if flags is None:
+            analysis.trained_network(out)
+            status, error = 0, ""
+        else:
+            status, error = status_of(*flags, "--out", f"{out}{'/new' * (flags == CNN)}")
+        after = {path.name: path.stat().st_mtime_ns for path in Path(out).iterdir()}
+    return (status, error) if before == after else (3, "files changed")
+
+
+def with_odd_lines(rng: random.Random, out: str) -> tuple[int, str]:
+    """Status and errors of a run that is resumed, and of results that are read, with odd lines."""
+    line = rng.choice(LINES)
+    if status_of("--rounds", "1", *CNN, "--out", out)[0] != 0:
+        return 3, "no run"
+    for path in (Path(out, "metrics.jsonl"), Path(out, "runs.jsonl")):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n{json.dumps({'id': 'a', 'result': 1, 'rounds': 1, 'accuracy': 1})}")
+    with contextlib.redirect_stdout(io.StringIO()):
+        if report.recorded(Path(out).resolve()).keys() != {"a"}:
+            return 3, f"{line} costs a line"
+    return status_of("--resume", "--rounds", "2", "--out", out)
+
+
+SOUND = {"environment": in_odd_environment, "rights": with_rights_to_read, "lines": with_odd_lines}
+
+
 def main(cases: int = 300, seed: int = 0) -> int:
     """Break one thing per case, and count the outcomes."""
     rng, outcomes, failed = random.Random(seed), Counter(), 0
@@ -76,16 +143,22 @@ def main(cases: int = 300, seed: int = 0) -> int:
                  embeddings=np.random.default_rng(0).normal(size=(10, 3)))
         for case in range(cases):
             kind, flags = rng.choice([("data set", [*CNN, "--dataset", broken]), ("flags", CNN),
-                                      ("embeddings", [*APFL, "--semantics", broken])])
+                                      ("embeddings", [*APFL, "--semantics", broken]),
+                                      *((kind, CNN) for kind in SOUND)])
             shutil.rmtree(out, ignore_errors=True)
-            if kind == "flags":
+            if kind in SOUND:
+                status, error = SOUND[kind](rng, out)
+                flags = []
+            elif kind == "flags":
                 flags = [*flags, *wrong_flags(rng)]
             else:
                 break_npz(Path(shutil.copy(CNN[1] if kind == "data set" else embeddings, broken)),
                           rng)
-            status, error = status_of("--rounds", "1", *flags, "--out", out)
+            if kind not in SOUND:
+                status, error = status_of("--rounds", "1", *flags, "--out", out)
             outcomes[kind, status] += 1
-            if status not in (0, 2, *[1] * (kind == "flags")) or error.count("\n") > (status != 0):
+            allowed = {"flags": (0, 1, 2), "environment": (0,)}.get(kind, (0, 2))
+            if status not in allowed or error.count("\n") > (status != 0):
                 failed += 1
                 print(f"case {case}: {kind}, {flags[-4:]}: status {status}: {error[:300]}")
     print(*(f"{kind}: status {status}, {count} times" for (kind, status), count in sorted(
