@@ -24,7 +24,6 @@ import evaluation
 import fedin
 import files
 import models
-import partitions
 import pictures
 import run
 import widths
@@ -398,10 +397,15 @@ def weights_in_use(settings: dict, saved: files.Progress, arch: str,
     if client is None or method.finish is None:
         user = Client(client, torch.empty(0, dtype=torch.int64), arch)
         return method.deploy(saved.server, user, saved.memory.get(client))[1]
-    if "friends" in done:
+    if "calibrated" in done:
+        weights, _ = done["calibrated"]
+        done = done | {"friends": dict.fromkeys(range(settings["clients"]), weights)}
+    if "friends" in done and settings["method"] == "apfl":
         kinds = apfl.final_models(saved.server, done, beta=settings["beta"],
                                   beta_on=settings["beta_on"])
         return kinds["personalised"][client]
+    if "friends" in done:
+        return done["friends"][client]
     return None if settings["method"] == "apfl" else done.get("late", {}).get(client)
 
 
@@ -415,9 +419,9 @@ def one_more_round(folder: str | Path,
     Returns the run's experiment, and each client's upload by its id.  The folder stays as it is.
     Raises ValueError if the folder holds no run, or the run of a method without uploads.
     """
-    if run.METHODS[files.read_config(Path(folder))["method"]].server_update is None:
-        raise ValueError(f"clients send nothing in {folder}: choose a run of another --method")
     experiment, progress = run.open_run(folder, **moved)
+    if experiment.method.server_update is None:
+        raise ValueError(f"clients send nothing in {folder}: choose a run of another --method")
     tasks = run.make_tasks(experiment, progress.round + 1, progress.server, progress.memory,
                            experiment.available)
     results = train_clients(experiment, experiment.method.client_update, tasks)
@@ -444,9 +448,9 @@ def compare_clients(folder: str | Path, *, images: int = 2000,
     moved: dataset=, data_dir= and device=, see run.open_run
     """
     # One more round
-    settings = files.read_config(Path(folder))
-    if not settings["model"].startswith("resnet"):
-        raise ValueError(f"{folder} has the network {settings['model']}: only ResNets have stages")
+    model = files.read_config(Path(folder)).get("model", "")
+    if not model.startswith("resnet"):
+        raise ValueError(f"{folder} has the network {model!r}: only ResNets have stages")
     experiment, updates = one_more_round(folder, **moved)
     settings = experiment.settings
     dataset = data.load(settings["dataset"], settings.get("data_dir", "data"), download=False)
@@ -497,8 +501,10 @@ def attack(folder: str | Path, *, steps: int = 100_000, level: float | None = No
     # Features as a client sends them
     settings = files.read_config(Path(folder))
     trained = trained_network(folder, "resnet18")
-    images = data.load(dataset or settings["dataset"],
-                       data_dir or settings.get("data_dir", "data"), download=False).x_test[:count]
+    loaded = data.load(dataset or settings["dataset"],
+                       data_dir or settings.get("data_dir", "data"), download=False)
+    files.check_same(settings, {"dataset": loaded.digest})
+    images = loaded.x_test[:count]
     level = settings.get("noise", 0.0) if level is None else level
     noise, start = (data.torch_stream(settings["seed"], purpose)
                     for purpose in (data.FEATURE_NOISE, data.NOISE))
@@ -528,10 +534,12 @@ class Measured(NamedTuple):
 _compared, _attacked = cache(compare_clients), cache(attack)
 
 
-def similarity(folders: Mapping[Key, Path], *, shown: str) -> Measured:
+def similarity(folders: Mapping[Key, Path], *, shown: str,
+               data_dir: str | None = None) -> Measured:
     """Mean CKA between different clients of runs, drawn as "stages" or "maps" (Fig. 6a, 6b, 7)."""
     draw = {"stages": draw_stages, "maps": draw_maps}[shown]
-    values, comparisons = {}, {key: _compared(folder) for key, folder in folders.items()}
+    values, comparisons = {}, {key: _compared(folder, data_dir=data_dir)
+                               for key, folder in folders.items()}
     for (row, column), seen in comparisons.items():
         stages = {f"stage {number}": cka for number, cka in enumerate(seen.maps)}
         for stage, cka in (stages | {"stage 3, unbiased": seen.unbiased[3]}).items():
@@ -565,10 +573,10 @@ def draw_maps(comparisons: Mapping[Key, ClientComparison], path: Any, title: str
                        columns=len(comparisons), limits=(0, 1))
 
 
-def scattered(folders: Mapping[Key, Path], *, archs: Sequence[str], count: int,
-              label: int | None) -> Measured:
+def scattered(folders: Mapping[Key, Path], *, archs: Sequence[str], count: int, label: int | None,
+              data_dir: str | None = None) -> Measured:
     """t-SNE of stage 3 features of some networks, of test images of a class (None: of all)."""
-    for folder in folders.values():  # before the first takes a round
+    for folder in folders.values():  # checked first, since each run then trains for a round
         settings = files.read_config(folder)
         made = list(run.METHODS[settings["method"]].networks[settings["model"]])
         here = {models.architecture_of(k, settings["clients"], made)
@@ -578,7 +586,7 @@ def scattered(folders: Mapping[Key, Path], *, archs: Sequence[str], count: int,
 
     values, panels = {}, {}
     for (row, _), folder in folders.items():
-        seen = _compared(folder)
+        seen = _compared(folder, data_dir=data_dir)
         wanted = torch.ones_like(seen.labels) if label is None else seen.labels == label
         images = wanted.nonzero()[:count, 0]
         features = {arch: seen.features[arch][images] for arch in archs}
@@ -593,11 +601,12 @@ def scattered(folders: Mapping[Key, Path], *, archs: Sequence[str], count: int,
                     partial(pictures.draw_points, points=panels))
 
 
-def attacked(folders: Mapping[Key, Path], *, steps: int = 100_000, with_losses: bool) -> Measured:
+def attacked(folders: Mapping[Key, Path], *, steps: int = 100_000, with_losses: bool,
+             data_dir: str | None = None) -> Measured:
     """Attack on features of each run's ResNet18, with the noise of its training (Fig. 4, 10)."""
     images, losses, values = {}, {}, {}
     for (row, _), folder in folders.items():
-        images["true images"], outcome = _attacked(folder, steps=steps)
+        images["true images"], outcome = _attacked(folder, steps=steps, data_dir=data_dir)
         images[row], losses[row] = outcome.images, outcome.losses
         values[row, "loss at the end"] = [outcome.losses[-1]]
         values[row, "variance of the noise"] = [outcome.noise]

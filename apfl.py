@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 import pictures
 from baselines import (APFL_SETTING, FEDAVG, QUICK_APFL, fedavg_client_update, fedavg_init,
                        fedavg_server_update, train_late, with_class_counts)
+from ccvr import CALIBRATION_EPOCHS, VIRTUAL_PER_CLASS, ccvr_finish
 from data import (BATCHES, FRIEND_BATCHES, GENERATOR_NOISE, GENERATOR_WEIGHTS, SYNTHETIC,
                   ClientData, Stream, samples_per_epoch, streams)
 from evaluation import group_accuracies, predicted_right
@@ -43,6 +44,7 @@ from models import MODELS, State, average, copy_state, interpolate, num_bytes
 from semantics import SEMANTICS, load_semantics
 
 TEACHER, FRIEND_LABELS = "global", "all"  # readings of Sec. 3.2, see PAPERS.md
+FRIEND = "synthetic"  # the paper's
 SYNTHETIC_PER_CLASS = 600  # AP-FL Sec. 4.1
 GENERATOR_STEPS = 1000  # not given in the paper
 GENERATOR_BATCH = 16  # n_s, samples per class in a step; 600 are fed in Sec. 4.1
@@ -56,16 +58,21 @@ BETA_TEST_IMAGES = 2000  # test images behind beta.png
 
 # ------------------------------------------------------ federated training of the global model
 
-def apfl_init(weights: dict[str, State], *, class_names: Sequence[str], semantics: str,
-              dataset: str, data_dir: str = "", word_vectors: str | None = None) -> dict:
+def apfl_init(weights: dict[str, State], *, class_names: Sequence[str], dataset: str,
+              semantics: str | None = None, data_dir: str = "",
+              word_vectors: str | None = None) -> dict:
     """Server state: global weights, each client's last upload theta_k, and A(y) of Eq. 11.
 
     Uploads are called teachers, their role in Eq. 6.  A(y) is loaded here, so that missing
     embeddings are an error before the rounds and not after them; see semantics.load_semantics.
+    semantics: None if there is to be no generator
     """
-    embeddings = load_semantics(class_names, semantics=semantics, dataset=dataset,
-                                data_dir=data_dir, word_vectors=word_vectors)
-    return {**fedavg_init(weights), "teachers": {}, "semantics": embeddings}
+    server = {**fedavg_init(weights), "teachers": {}}
+    if semantics is None:
+        return server
+    return server | {"semantics": load_semantics(
+        class_names, semantics=semantics, dataset=dataset, data_dir=data_dir,
+        word_vectors=word_vectors)}
 
 
 def apfl_client_update(model: nn.Module, optimizer: Optimizer, received: State, data: ClientData,
@@ -348,18 +355,33 @@ def beta_curves(experiment: Experiment, own: Mapping[int, State],
 # ----------------------------------------------------------------- everything after the last round
 
 def apfl_finish(experiment: Experiment, server: dict, done: dict, save: Callable, *,
-                local_epochs: int, batch_size: int, noise_dim: int, generator_steps: int,
-                generator_batch: int, balance: float, teacher: str, distance: str,
-                friend_epochs: int, synthetic_per_class: int, friend_labels: str, beta: float,
-                beta_on: str) -> Ending:
+                local_epochs: int, batch_size: int, beta: float, beta_on: str,
+                friend: str = FRIEND, noise_dim: int = NOISE_DIM,
+                generator_steps: int = GENERATOR_STEPS, generator_batch: int = GENERATOR_BATCH,
+                balance: float = BALANCE, teacher: str = TEACHER, distance: str = DISTANCE,
+                friend_epochs: int = FRIEND_EPOCHS,
+                synthetic_per_class: int = SYNTHETIC_PER_CLASS,
+                friend_labels: str = FRIEND_LABELS,
+                virtual_per_class: int = VIRTUAL_PER_CLASS,
+                calibration_epochs: int = CALIBRATION_EPOCHS) -> Ending:
     """Late training, memorisation, friend models, interpolation (Sec. 3.2).
 
+    friend: "synthetic", or "calibrated" for ccvr's global model (not in the paper; no generator)
     done: finished stage -> its outcome;  save(done): stores the outcomes and returns done
     """
     # Localised models of clients that never took part
     if "late" not in done:
         late = apfl_late(experiment, server, local_epochs=local_epochs, batch_size=batch_size)
         done = save(done | {"late": late})
+
+    # Friend models without a generator: one for all
+    num_clients, (weights,) = len(experiment.clients), server["weights"].values()
+    if friend == "calibrated":
+        ending = ccvr_finish(experiment, server, done, save, virtual_per_class=virtual_per_class,
+                             calibration_epochs=calibration_epochs)
+        kinds = final_models(server, done | {"friends": ending.models["client"]}, beta=beta,
+                             beta_on=beta_on)
+        return ending._replace(models=kinds)
 
     # Global memorisation
     if "generator" not in done:
@@ -375,13 +397,13 @@ def apfl_finish(experiment: Experiment, server: dict, done: dict, save: Callable
                          synthetic_per_class=synthetic_per_class, friend_labels=friend_labels)
         tasks = [Task(client, 0, (server["weights"][client.arch], net))
                  for client in experiment.clients]
-        print(f"each friend model begins with {synthetic_per_class * len(net.semantics):,} samples")
+        count = synthetic_per_class * len(net.semantics)
+        print(f"each friend model trains on {count:,} synthetic images, which it samples first")
         results = train_clients(experiment, update, tasks, "friend models")
         done = save(done | {"friends": {k: result.kept for k, result in results.items()}})
 
     # Decoupled interpolation.  Every client has downloaded the global weights and the generator.
     kinds = final_models(server, done, beta=beta, beta_on=beta_on)
-    num_clients, (weights,) = len(experiment.clients), server["weights"].values()
     download = num_clients * (num_bytes(weights) + num_bytes(done["generator"]))
     curves = beta_curves(experiment, kinds["client"], kinds["friend"])
     return Ending(kinds, download, apfl_pictures(experiment, server, net, curves,
@@ -413,7 +435,8 @@ METHODS = {"apfl": FEDAVG._replace(
     defaults=FEDAVG.defaults | APFL_SETTING | {
         "beta": None, "beta_on": "client", "lambda": BALANCE, "semantics": None,
         "word_vectors": None, "teacher": TEACHER, "distance": DISTANCE,
-        "friend_labels": FRIEND_LABELS, "noise_dim": NOISE_DIM,
+        "friend_labels": FRIEND_LABELS, "noise_dim": NOISE_DIM, "friend": FRIEND,
+        "virtual_per_class": VIRTUAL_PER_CLASS, "calibration_epochs": CALIBRATION_EPOCHS,
         "synthetic_per_class": SYNTHETIC_PER_CLASS, "generator_steps": GENERATOR_STEPS,
         "generator_batch": GENERATOR_BATCH, "friend_epochs": FRIEND_EPOCHS},
     in_setting={"quick": QUICK_APFL | {"synthetic_per_class": 50, "generator_steps": 40,
@@ -447,6 +470,8 @@ def add_arguments(add: Callable, number: Callable) -> None:
         "(Abstract, Sec. 3.2: global, default; Eq. 6: clients)")
     add("--distance", choices=["rms", "l2"], help="distance between samples in Eq. 8: a pixel's "
         "root mean square (default), or L2 as printed")
+    add("--friend", choices=["synthetic", "calibrated"], help="friend models: trained on synthetic "
+        "samples (default), or the global model with ccvr's last layer (not in the paper)")
     add("--friend-labels", choices=["all", "local"], help="labels of synthetic samples: all "
         "classes alike (default), or the client's own distribution (Sec. 3.2)")
     add("--noise-dim", type=number(int, 1), help=f"length of z, Fig. 5 (default: {NOISE_DIM})")

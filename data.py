@@ -27,7 +27,8 @@ DATASETS = ("digits", *DOWNLOADED)
 # sees the same participants.  The numbers enter every seed: append new purposes, never renumber.
 (SUBSET, PARTITION, TEST_SHARES, INITIAL_WEIGHTS, PARTICIPANTS, SPEEDS, BATCHES, AUGMENTATION,
  FEATURE_BATCH, FEATURE_POOL, NOISE, FEATURE_NOISE, GENERATOR_WEIGHTS, GENERATOR_NOISE, SYNTHETIC,
- FRIEND_BATCHES, RATE, LATENT, PROXY, PROXY_BATCHES, TEST_SUBSET) = range(21)
+ FRIEND_BATCHES, RATE, LATENT, PROXY, PROXY_BATCHES, TEST_SUBSET, VIRTUAL_FEATURES,
+ VIRTUAL_BATCHES) = range(23)
 
 Stream = Callable[[int], torch.Generator]  # purpose -> generator, for one client in one round
 
@@ -125,14 +126,14 @@ def cache_path(dataset: str, data_dir: str | Path) -> Path:
 def load_downloaded(dataset: str, data_dir: str | Path, download: bool) -> Dataset:
     """Load one of torchvision's data sets from its resized copy, made at first use if possible."""
     cache = cache_path(dataset, data_dir)
+    if not cache.exists() and not download:
+        return from_originals(dataset, data_dir, download)
     if not cache.exists():
         with one_at_a_time(cache):  # another process may be making the same copy
             if not cache.exists():
                 original = from_originals(dataset, data_dir, download)
                 if not write_cache(cache, partial(write_npz, data=original)):
-                    # The digest that its copy would have
-                    stored = stored_arrays(original).values()
-                    return original._replace(digest=digest(*stored, original.classes))
+                    return original
     try:
         return read_npz(cache)
     except ValueError as error:
@@ -140,16 +141,23 @@ def load_downloaded(dataset: str, data_dir: str | Path, download: bool) -> Datas
 
 
 def from_originals(dataset: str, data_dir: str | Path, download: bool) -> Dataset:
-    """Read torchvision's original files, which it may download.  Raises ValueError on failure."""
+    """Read torchvision's original files, downloaded if missing and download is True.
+
+    Raises ValueError on failure.
+    """
     try:
-        return read_originals(dataset, str(data_dir), download)
+        original = read_originals(dataset, str(data_dir), download)
+        # The digest that its copy has
+        stored = stored_arrays(original).values()
+        return original._replace(digest=digest(*stored, original.classes))
     except Exception as error:  # torchvision raises a dozen kinds on a broken file
-        raise ValueError(f"{dataset} cannot be loaded ({first_line(error)[:100]}): check the "
-                         f"connection, or put sound original files into '{data_dir}' (--data-dir) "
-                         "and delete damaged ones") from error
+        remedy = (f"check the connection, or put sound original files into '{data_dir}' "
+                  "(--data-dir) and delete damaged ones")
+        raise ValueError(f"{dataset} cannot be loaded ({first_line(error)[:100]}): "
+                         + (remedy if download else "pass data_dir=, their folder")) from error
 
 
-def read_originals(dataset: str, root: str, download: bool = True) -> Dataset:
+def read_originals(dataset: str, root: str, download: bool) -> Dataset:
     """Read one of torchvision's data sets from the folder root, verified by its checksums.
 
     SVHN is its train split alone (73,257 images).  EMNIST is its letters split, turned upright.
@@ -359,9 +367,9 @@ def one_at_a_time(path: Path):
     try:
         yield
     finally:
-        if lock.is_locked:
+        with suppress(OSError):  # Windows removes no open file
             Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
+        lock.release()
 
 
 # ----------------------------------------------------------------------------------- network input

@@ -143,7 +143,8 @@ def final_metrics(experiment: Experiment, line: dict, ending: Ending) -> dict:
     line: the last line of the rounds; its accuracies become global_(personal_)accuracy
     With several kinds of models, as in AP-FL, accuracies of each kind are added.
     """
-    entry = {**line, "download_mb": line["download_mb"] + ending.download / 1e6}
+    entry = {**line, "download_mb": line["download_mb"] + ending.download / 1e6,
+             "upload_mb": line["upload_mb"] + ending.upload / 1e6}
     for kind, weights in pictures.progress_bar(ending.models.items(), "evaluation", "kind"):
         in_use = ((k, client.arch, k, weights[k]) for k, client in enumerate(experiment.clients))
         right = predicted_right(experiment, in_use)

@@ -126,8 +126,7 @@ FEDIN_TABLES = {
                              ("FedDF", "feddf"), ("AP-FL", "apfl"))}},
                 "columns": SKEWED}}
 
-# Figures with "networks" need the checkpoints of their runs, and take one seed.  The weight of the
-# smoothing is not given in the papers.
+# Figures with "networks" need the checkpoints of their runs, and take one seed.
 FEDIN_FIGURES = {
     "fedin-fig3": {"title": "Fig. 3: features s_out of five architectures, t-SNE",
                    "rows": {"FedAvg": FEDAVG}, "columns": SKEWED_CIFAR, "networks": True,
@@ -138,7 +137,7 @@ FEDIN_FIGURES = {
                    "report": ("attacked", {"with_losses": False})},
     "fedin-fig5": {"title": "Fig. 5: smoothed accuracy, non-IID CIFAR-10",
                    "rows": TWELVE, "columns": SKEWED_CIFAR,
-                   "report": ("curves", {"weight": 0.6, "goal": "CIFAR-10"})},
+                   "report": ("curves", {"goal": "CIFAR-10"})},
     "fedin-fig6ab": {"title": "Fig. 6a and 6b: mean CKA between clients, by stage",
                      "rows": THREE, "columns": CIFAR_SPLITS, "networks": True,
                      "report": ("similarity", {"shown": "stages"})},
@@ -160,8 +159,7 @@ FEDIN_FIGURES = {
                    "report": ("scattered", {"count": 200, "label": 0, "archs": (
                        "resnet10", "resnet14", "resnet26")})},
     "fedin-fig9": {"title": "Fig. 9: smoothed accuracy, ablations, non-IID CIFAR-10",
-                   "rows": ABLATIONS, "columns": SKEWED_CIFAR,
-                   "report": ("curves", {"weight": 0.6})},
+                   "rows": ABLATIONS, "columns": SKEWED_CIFAR, "report": ("curves", {})},
     "fedin-fig10": {"title": "Fig. 10: reconstruction from features, with and without noise",
                     "rows": WITH_NOISE, "columns": SKEWED_CIFAR, "networks": True,
                     "report": ("attacked", {"with_losses": True})}}
@@ -275,7 +273,7 @@ def flags_of(table: Mapping, cell: Mapping, args: Namespace, seed: int) -> dict:
     scale, method = SCALES[args.scale], cell["method"]
     flags = {**scale[table["setting"]], **scale.get(f"method {method}", {}),
              "setting": table["setting"], **cell}
-    del flags["value"]
+    flags.pop("value", None)
     if method == "apfl":
         flags["semantics"] = embeddings_of(cell, args.data_dir)
     if args.scale == "smoke":
@@ -300,11 +298,11 @@ def run_id(flags: Mapping) -> str:
 
 def digits_of(flags: Mapping, but: Collection[str] = ()) -> str:
     """Ten digits that stand for all settings of a run that change a number, but for some names."""
-    # Settings that are off do not count, so that a new flag of run.py changes no digit.
+    # What is off does not count (--friend synthetic too), so that a new flag changes no digit.
     decisive = {name: Path(value).name if isinstance(value, str) else value
                 for name, value in run.resolve(dict(flags)).items()
                 if name not in (*MACHINE, *but)
-                and value is not None and value is not False and value != []}
+                and value is not None and value is not False and value not in ([], "synthetic")}
 
     # Embeddings from a file count as their encoder.
     if decisive.get("semantics", "").startswith("embeddings-"):

@@ -82,6 +82,7 @@ class Ending(NamedTuple):
     models: dict[str, dict[int, State]]  # kind -> client -> weights; clients use the last kind
     download: int  # bytes that the stages send to clients
     pictures: dict[str, Callable]  # file name -> draw(file)
+    upload: int = 0  # bytes that clients send in the stages
 
 
 # ---------------------------------------------------------------------------------------- a method

@@ -84,8 +84,8 @@ def claim(out: Path, resume: bool) -> None:
     except Timeout as error:
         raise ValueError(f"{out} is in use by a run that has not ended: wait for its end, or "
                          "choose another --out") from error
-    except OSError as error:  # another user's folder, or a file system without locks
-        raise ValueError(f"{out} cannot be locked ({error.strerror}): choose an --out where you "
+    except (OSError, NotImplementedError) as error:  # another user's folder; no locks
+        raise ValueError(f"{out} cannot be locked ({first_line(error)}): choose an --out where you "
                          "may write, on a file system with locks") from error
     _held = lock, new_folders
 

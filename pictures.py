@@ -358,8 +358,8 @@ def result_text(result: Mapping) -> str:
     # All methods
     shared = "; global model {global_accuracy}" if "global_accuracy" in result else ""
     rounds = "1 round" if result["rounds"] == 1 else "{rounds} rounds"
-    lines.append("accuracy {accuracy}" + shared + f" after {rounds} (best {{best_accuracy}} in round "
-                 "{best_round}, mean of the last ten evaluations {last10_accuracy})")
+    lines.append("accuracy {accuracy}" + shared + f" after {rounds} (best {{best_accuracy}} in "
+                 "round {best_round}, mean of the last ten evaluations {last10_accuracy})")
     if "full_accuracy" in result:
         lines.append("whole network: {full_accuracy}")
     lines.append("{seconds:.0f} s, {images_per_second:.0f} training images per second, "

@@ -53,6 +53,7 @@ def join() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     # gloo on GPUs too: NCCL would block the GPU of a waiting rank, whose threads train clients.
     dist.init_process_group("gloo", store=_store, rank=rank, world_size=size, timeout=PATIENCE)
+    signal.signal(signal.SIGTERM, end)
     if rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
 

@@ -1,7 +1,6 @@
 """Write the papers' tables and figures from finished runs: Markdown, CSV and a picture each.
 
     python report.py fedin-1 --scale small          FedIN, Table 1, to results/small
-    python report.py all --scale smoke              everything that has runs
 
 tables.py runs what is missing, experiments.py lists the runs.  Here nothing is run but analyses of
 networks.  A finished run in runs/tables/SCALE gets a line in results/SCALE/runs.jsonl, from which
@@ -22,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +53,15 @@ def is_finished(folder: Path) -> bool:
     return (folder / "result.json").exists() and (folder / "checkpoint.pt").exists()
 
 
-def collect(runs: Mapping[str, dict], scale: str) -> dict[str, dict]:
-    """Add lines of finished runs (id -> flags) to runs.jsonl; return all: id -> its last line."""
+def collect(made: Mapping[Key, Mapping], scale: str) -> dict[str, dict]:
+    """Add lines of finished runs (see runs_of) to runs.jsonl; return all: id -> its last line."""
     known = recorded(scale)
-    for run_id, flags in runs.items():
-        folder = RUNS / scale / run_id
-        if is_finished(folder) and known.get(run_id) != (line := line_of(folder, flags)):
-            known[run_id] = line
-            append(scale, line)
+    for run_id, flags in chain.from_iterable(runs.items() for runs in made.values()):
+        if is_finished(RUNS / scale / run_id):
+            line = line_of(RUNS / scale / run_id, flags)
+            if known.get(run_id, {}).get("result") != line["result"]:
+                known[run_id] = line
+                append(scale, line)
     return known
 
 
@@ -147,7 +147,7 @@ def with_rounds(table: Mapping, lines: Lines, args: Namespace) -> Measured:
         # Speed-up, over the seeds that all methods have, if both reach the target with each
         common = of_common_seeds(values)
         for row in table["rows"]:
-            pairs = list(zip(common["FedAvg", column], common.get((row, column), [])))
+            pairs = list(zip(*(common.get((one, column), []) for one in ("FedAvg", row))))
             if pairs and not any(None in pair for pair in pairs):
                 values[row, f"{name}, speed"] = [
                     analysis.speed_up(*map(statistics.mean, zip(*pairs)))]
@@ -165,7 +165,7 @@ def mean_curves(lines: Lines, weight: float) -> dict[str, dict[str, tuple]]:
     return panels
 
 
-def curves(table: Mapping, lines: Lines, args: Namespace, weight: float,
+def curves(table: Mapping, lines: Lines, args: Namespace, weight: float = analysis.SMOOTHING,
            goal: str = "") -> Measured:
     """Final accuracies and smoothed curves, with the target on a data set if one is named."""
     common, targets, ends = of_common_seeds(lines), {}, {}
@@ -215,12 +215,12 @@ def of_networks(function: str, table: Mapping, lines: Lines, args: Namespace,
     """Measure the networks of runs by a function of analysis.py."""
     folders = {key: RUNS / args.scale / runs[0]["id"] for key, runs in lines.items() if runs}
     options |= experiments.SCALES[args.scale].get(function, {})
-    return getattr(analysis, function)(folders, **options)
+    return getattr(analysis, function)(folders, data_dir=args.data_dir, **options)
 
 
 def dealt_classes(table: Mapping, lines: Lines, args: Namespace) -> Measured:
     """Classes and images of each client with --missing-classes 0.2 on CIFAR-10 (AP-FL, Table 1)."""
-    cell = {"method": "fedavg", "value": "", **experiments.CIFAR}
+    cell = {"method": "fedavg", **experiments.CIFAR}
     flags = flags_of(table, cell, args, 0)
     split = partitions.split_data(data.load(flags["dataset"], args.data_dir), 10, 0,
                                   train_images=flags.get("train_images"), missing_classes=0.2)
@@ -275,8 +275,9 @@ def markdown(name: str, table: Mapping, values: Values, papers: Papers,
     text = "\n".join("| " + " | ".join(line) + " |" for line in grid)
 
     # Remarks
-    remarks = [f"Every cell: {'the paper / ours' if papers else 'ours'}, mean ± standard "
-               "deviation over the seeds that all rows of its column have."]
+    spread = ", mean ± standard deviation" * any(len(each) > 1 for each in shown.values())
+    remarks = [f"Every cell: {'the paper / ours' if papers else 'ours'}{spread}, over the seeds "
+               "that all rows of its column have."]
     if pairs := [f"{column} {alike} of {total}"
                  for column, (alike, total) in agreement(values, papers).items()]:
         remarks.append("Pairs of rows in the paper's order (ties are not), over the seeds of both: "
@@ -369,8 +370,7 @@ def report(name: str, table: Mapping, args: Namespace) -> str:
     """Write a table's Markdown, CSV and picture to results/SCALE; returns the Markdown."""
     # Lines of seeds 0, 1, ..., up to the first that lacks
     made, networks = experiments.runs_of(table, args), table.get("networks", False)
-    known = collect({run_id: flags for runs in made.values() for run_id, flags in runs.items()},
-                    args.scale)
+    known = collect(made, args.scale)
     usable = {run_id for run_id in known
               if not networks or is_finished(RUNS / args.scale / run_id)}
     lines = {key: [known[run_id] for run_id in takewhile(usable.__contains__, runs)]
@@ -404,8 +404,8 @@ def write_tables(args: Namespace) -> int:
     for name, table in args.tables.items():
         try:
             print(f"\n{report(name, table, args)}", flush=True)
-        except (ValueError, OSError) as error:  # data that are not here: the others can be made
-            print(f"\n{name}: {data.first_line(error)}", flush=True)
+        except Exception as error:  # of whatever kind: the others can be made
+            print(f"\n{name}: {type(error).__name__}: {data.first_line(error)}", flush=True)
             status = 1
     if (RESULTS / args.scale).exists():
         print(f"results are in {RESULTS / args.scale}")

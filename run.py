@@ -25,6 +25,7 @@ import torch
 
 import apfl
 import baselines
+import ccvr
 import data
 import fedgen
 import fedin
@@ -46,7 +47,7 @@ from settings import (AFTER_ROUNDS, RECORDED, check_combination, command_line, i
 # ---------------------------------------------------------------------------------------- settings
 
 METHODS: dict[str, Method] = {**baselines.METHODS, **widths.METHODS, **fedgen.METHODS,
-                              **fedin.METHODS, **apfl.METHODS}
+                              **fedin.METHODS, **apfl.METHODS, **ccvr.METHODS}
 
 # Defaults by --setting: a run of a minute on digits, and the settings of the two papers
 SETTINGS = {
@@ -151,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
     add("--checkpoint-every", type=number(int, 1), help="rounds between checkpoints (default: 1)")
 
     for title, module in {"data": partitions, "FedIN": fedin, "AP-FL": apfl, "ScaleFL": widths,
-                          "other baselines": baselines}.items():
+                          "CCVR": ccvr, "other baselines": baselines}.items():
         module.add_arguments(top.add_argument_group(title).add_argument, number)
     return top
 
@@ -274,16 +275,20 @@ def open_run(folder: str | Path, **moved: str | None) -> tuple[Experiment, Progr
     """Experiment and progress of a run, to look at: nothing in its folder or data changes.
 
     moved: dataset (a file), data_dir or device, where they are not those of the run; by default
-        device is this machine's
+        device is this machine's.  data_dir is left out if the run does not read it
     Raises ValueError if there is no run, or its data are not here.
     """
     typed = {name: str(value) for name, value in moved.items() if value is not None}
+    if "data_dir" not in files.read_config(Path(folder)):
+        typed.pop("data_dir", None)
     settings = settings_to_resume(Path(folder), {"device": None, **typed})
     settings, split = read_data(settings, download=False)
     saved = files.load_checkpoint(Path(folder), "cpu")
     if saved is None:
         raise ValueError(f"{folder} has no checkpoint: resume its run by --resume")
-    experiment = prepare_experiment(METHODS[settings["method"]], settings, split)
+    # A(y) is in the checkpoint.
+    experiment = prepare_experiment(METHODS[settings["method"]], settings | {"semantics": None},
+                                    split)
     first = files.first_progress(first_server(experiment))
     progress = continue_from(Path(folder), saved, first, experiment, {})
     return on_own_device(settings, split, progress)
@@ -437,6 +442,7 @@ def train_round(experiment: Experiment, t: int, server: dict,
         stream, averaged = data.streams(experiment.settings["seed"], t, 0), server
         server = train_server(experiment, partial(method.distil, server, updates,
                                                   experiment.network, stream))
+    if experiment.settings["method"] == "feddf":  # whether a student was better than its average
         pairs = zip(*(models.tensors_in(state["weights"]) for state in (averaged, server)))
         figures["distilled"] = not all(torch.equal(before, after) for before, after in pairs)
 
@@ -532,17 +538,21 @@ def train(experiment: Experiment, progress: Progress, history: list[dict], out: 
         history[-1] = final_metrics(experiment, progress.last_metrics, ending)
         files.replace_last_line(out / "metrics.jsonl", history[-1])
         totals["download_mb"] += ending.download / 1e6
+        totals["upload_mb"] += ending.upload / 1e6
         drawings |= ending.pictures
 
     # Results
-    if not any(line.get("distilled", True) for line in history):
-        print("no student was better than its clients' average, so these are FedAvg's numbers")
+    if not any(line.get("distilled", True) for line in history) and len(history) == progress.round:
+        print("in no round was a student better than its clients' average: these are the numbers "
+              "of averages alone")
     drawings["curves.png"] = partial(pictures.draw_curves, history=history, title=title)
     result = files.summarise(history, totals | {"seconds": time.perf_counter() - started})
     result |= files.peak_memory(experiment.settings["device"])
     for name, draw in drawings.items():
         try:
             files.write(out / name, draw)
+        except ConnectionError:  # by another rank's end
+            raise
         except Exception as error:  # matplotlib raises any kind; no picture is worth a run
             print(f"warning: {name} could not be drawn ({files.first_line(error)})")
     files.write_json(out / "result.json", result)  # last, since it tells that the run is finished

@@ -110,7 +110,8 @@ def read_embeddings(path: str | Path, classes: Sequence[str]) -> np.ndarray:
 
 
 # First bytes of files that hold word vectors, but not as text, and what makes text of them
-NO_TEXT = {b"\x1f\x8b": "compressed: unpack it by gunzip", b"PK": "a zip archive: unpack it",
+NO_TEXT = {b"\x1f\x8b": "compressed: unpack it by gunzip",
+           b"PK\x03\x04": "a zip archive: unpack it",
            b"\xff\xfe": "UTF-16: convert it by iconv -f UTF-16 -t UTF-8",
            b"\xfe\xff": "UTF-16: convert it by iconv -f UTF-16 -t UTF-8"}
 

@@ -12,10 +12,12 @@ from fedin import ABLATIONS
 from semantics import ENCODERS
 
 RECORDED = ("versions", "input", "digests")  # entries of config.json that are no flags
+GENERATOR = (  # flags of AP-FL's generator and of friend models trained on its images
+    "lambda", "semantics", "word_vectors", "teacher", "distance", "friend_labels", "noise_dim",
+    "synthetic_per_class", "generator_steps", "generator_batch", "friend_epochs")
+CALIBRATION = ("virtual_per_class", "calibration_epochs")
 AFTER_ROUNDS = (  # flags that no round reads; see --start-from
-    "finetune_epochs", "beta", "beta_on", "lambda", "semantics", "word_vectors", "teacher",
-    "distance", "friend_labels", "noise_dim", "synthetic_per_class", "generator_steps",
-    "generator_batch", "friend_epochs")
+    "finetune_epochs", "beta", "beta_on", "friend", *GENERATOR, *CALIBRATION)
 
 # Flag -> other flags.  A run reads it only if one of these has one of these values,
 ONLY_WITH = {
@@ -23,9 +25,11 @@ ONLY_WITH = {
     **dict.fromkeys(("mixing", "staleness", "speed_spread"), {"aggregation": ["async"]}),
     "alpha": {"partition": ["dirichlet"]}, "classes_per_client": {"partition": ["pathological"]},
     "word_vectors": {"semantics": ["word2vec"]},
+    **dict.fromkeys(CALIBRATION, {"friend": ["calibrated"], "method": ["ccvr"]}),
     "data_dir": {"dataset": DOWNLOADED, "semantics": ENCODERS}}
 # and only if none of these has this value.
 NOT_WITH = {
+    **dict.fromkeys(GENERATOR, {"friend": "calibrated"}),
     "participation": {"aggregation": "async"}, "momentum": {"method": "scaffold"},
     "noise_on": {"noise": 0, "feature_batches": 0}, "proxy": {"distillation_steps": 0}}
 

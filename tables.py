@@ -2,7 +2,6 @@
 
     python tables.py --list                          names, and the number of runs at a scale
     python tables.py all --scale smoke               everything, tiny, to see that it works
-    python tables.py fedin-1 --scale small           FedIN, Table 1
     python tables.py fedin-1 --scale small --commands > runs.txt
                                                      the missing runs as commands, longest first
 
@@ -39,12 +38,15 @@ def missing_runs(args: Namespace) -> dict[str, dict]:
     """Runs to make: id -> flags.  Raises ValueError if --only has a text that is in no name."""
     known, jobs, names = report.recorded(args.scale), {}, {}
     for table in args.tables.values():
-        lines = {} if table.get("networks") else known  # networks are in a run's folder alone
         for key, runs in experiments.runs_of(table, args).items():
             names |= dict.fromkeys(key)
-            if not args.only or any(text in name for text in args.only for name in key):
-                jobs |= {run_id: flags for run_id, flags in runs.items() if args.again
-                         or not (run_id in lines or is_finished(RUNS / args.scale / run_id))}
+            chosen = not args.only or any(text in name for text in args.only for name in key)
+            for run_id, flags in runs.items() if chosen else ():
+                # A line will do, but not for networks, nor for a run that is under way again.
+                folder = RUNS / args.scale / run_id
+                line = run_id in known and not (table.get("networks") or folder.exists())
+                if args.again or not (line or is_finished(folder)):
+                    jobs[run_id] = flags
     for text in args.only:
         if not any(text in name for name in names):
             raise ValueError(f"--only {text} is in none of these names: {', '.join(names)}")
@@ -131,14 +133,14 @@ def listing(args: Namespace) -> str:
 def work(words: Sequence[str]) -> int:
     """Do what a command line says; returns the exit status."""
     made = report.parser("tables.py", __doc__)
-    add = made.add_argument
+    add, add_one = made.add_argument, made.add_mutually_exclusive_group().add_argument
     add("--list", action="store_true", help="print all names and stop")
-    add("--commands", action="store_true", help="print the missing runs as commands and stop")
+    add_one("--commands", action="store_true", help="print the missing runs as commands and stop")
     add("--jobs", type=run.number(int, 1), metavar="N", default=1 if torch.cuda.is_available() else
         ranks.num_cores(), help="runs at a time (default: number of cores, on a GPU 1)")
     add("--only", nargs="+", default=[], metavar="TEXT", help="run only rows and columns with such "
         "a text in their names, as CIFAR-10")
-    add("--again", action="store_true", help="delete the folders of the chosen runs, and run again")
+    add_one("--again", action="store_true", help="delete the folders of chosen runs, and run again")
     args = report.read_arguments(made, words)
     if args.list or not args.names:
         print(listing(args))

@@ -121,9 +121,10 @@ def with_odd_lines(rng: random.Random, out: str) -> tuple[int, str]:
     line = rng.choice(LINES)
     if status_of("--rounds", "1", *CNN, "--out", out)[0] != 0:
         return 3, "no run"
+    sound = {"id": "a", "result": 1, "rounds": 1, "accuracy": 1}
     for path in (Path(out, "metrics.jsonl"), Path(out, "runs.jsonl")):
         with open(path, "a", encoding="utf-8") as file:
-            file.write(f"{line}\n{json.dumps({'id': 'a', 'result': 1, 'rounds': 1, 'accuracy': 1})}")
+            file.write(f"{line}\n{json.dumps(sound)}")
     with contextlib.redirect_stdout(io.StringIO()):
         if report.recorded(Path(out).resolve()).keys() != {"a"}:
             return 3, f"{line} costs a line"

@@ -256,7 +256,7 @@ def test_one_more_round_has_the_uploads_of_the_next_round(folder_of, tmp_path):
     assert alike(experiment.method.server_update(first, {k: updates[k] for k in drawn}), second)
 
 
-def test_a_run_is_looked_at_from_anywhere_with_data_that_have_moved(run_of, tmp_path, monkeypatch):
+def test_a_run_is_looked_at_from_anywhere_with_data_that_have_moved(tmp_path, monkeypatch):
     moved, gone = tmp_path / "moved.npz", tmp_path / "gone.npz"
     shutil.copy(few_digits(), gone)
     go(tmp_path / "run", *FLAGS, "--method", "scaffold", "--dataset", str(gone))

@@ -91,8 +91,9 @@ def test_a_stream_is_seeded_by_seed_purpose_round_and_client_and_shared_by_no_ot
 def test_the_numbers_of_the_purposes_are_those_of_the_published_results():
     names = """SUBSET PARTITION TEST_SHARES INITIAL_WEIGHTS PARTICIPANTS SPEEDS BATCHES AUGMENTATION
         FEATURE_BATCH FEATURE_POOL NOISE FEATURE_NOISE GENERATOR_WEIGHTS GENERATOR_NOISE SYNTHETIC
-        FRIEND_BATCHES RATE LATENT PROXY PROXY_BATCHES TEST_SUBSET""".split()
-    assert [getattr(data, name) for name in names] == list(range(21))
+        FRIEND_BATCHES RATE LATENT PROXY PROXY_BATCHES TEST_SUBSET VIRTUAL_FEATURES
+        VIRTUAL_BATCHES""".split()
+    assert [getattr(data, name) for name in names] == list(range(23))
 
 
 # ------------------------------------------------------------------------------------------- digits
@@ -229,12 +230,17 @@ def test_originals_whose_copy_cannot_be_kept_have_its_digest(tmp_path, monkeypat
     assert same(kept, kept_nowhere) and kept.digest == kept_nowhere.digest != ""
 
 
-def test_nothing_is_downloaded_for_who_only_reads(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "download", asked.append)
-    with pytest.raises(ValueError, match="fashionmnist cannot be loaded"):
-        data.load("fashionmnist", tmp_path, download=False)
-    assert not asked
+def test_nothing_is_downloaded_or_made_for_those_who_only_read(tmp_path, monkeypatch):
+    for folder in (tmp_path, tmp_path / "gone"):
+        with monkeypatch.context() as patch:
+            patch.setattr(torchvision.datasets.FashionMNIST, "download", None)
+            with pytest.raises(ValueError, match="not found.*pass data_dir=, their folder"):
+                data.load("fashionmnist", folder, download=False)
+    assert not list(tmp_path.iterdir())
+    write_fashionmnist(tmp_path, monkeypatch)
+    read = data.load("fashionmnist", tmp_path, download=False)
+    assert not data.cache_path("fashionmnist", tmp_path).exists()
+    assert same(read, kept := data.load("fashionmnist", tmp_path)) and read.digest == kept.digest
 
 
 def test_a_damaged_cache_is_an_error_that_says_to_delete_it(tmp_path, monkeypatch):

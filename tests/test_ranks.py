@@ -82,8 +82,10 @@ def test_one_process_speaks_and_cores_are_shared_by_all(monkeypatch):
     monkeypatch.setattr(ranks, "_store", dist.HashStore())
     assert [ranks.is_speaker() for _ in range(3)] == [True, False, False]
     monkeypatch.setattr(ranks, "num_cores", lambda: 6)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # left over: torchrun did not start this process
-    assert ranks.share_of_cores() == 6
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):  # left over: torchrun did not start this
+        monkeypatch.setenv(name, "2")
+    ranks.join()
+    assert ranks.share_of_cores() == 6 and ranks.count() == 1
     monkeypatch.setattr(ranks, "count", lambda: 2)
     shares = {}
     for processes in "1248":

@@ -87,7 +87,14 @@ def test_feddf_says_that_its_students_never_were_better(tmp_path, monkeypatch, c
     for steps, distilled in (("0", False), ("60", True)):
         (line,) = go(tmp_path / steps, *feddf, "--distillation-steps", steps)
         assert line["distilled"] is distilled
-        assert ("these are FedAvg's numbers" in capsys.readouterr().out) is not distilled
+        assert ("numbers of averages alone" in capsys.readouterr().out) is not distilled
+    fedgen = [*CNN, "--method", "fedgen", "--rounds", "1"]
+    assert "distilled" not in go(tmp_path / "fedgen", *fedgen)[0]
+    monkeypatch.setattr(baselines, "num_right", lambda model, data: next(wins))
+    wins = iter([0, 1, 1, 0])  # a better student in round 1, none in round 2
+    (line,) = go(tmp_path / "two", *feddf, "--distillation-steps", "1", "--rounds", "2",
+                 "--eval-every", "2")
+    assert line["distilled"] is False and "averages alone" not in capsys.readouterr().out
 
 
 def test_a_round_lasts_as_long_as_its_slowest_participant_and_totals_are_sums(run_of):
@@ -113,7 +120,7 @@ def test_fedin_learns_colour_images_of_a_file(tmp_path):
 
 # ---------------------------------------------------------------------------- settings and defaults
 
-APFLS = ("apfl", "local", "fedavg-ft", "fedgen", "feddf")  # methods in AP-FL's tables alone
+APFLS = ("apfl", "local", "fedavg-ft", "fedgen", "feddf", "ccvr")  # methods in AP-FL's tables alone
 DEFAULTS = [  # flags as typed, and others as the run has them
     ("", "--method fedin --dataset digits --setting quick --clients 10 --participation 0.5 "
      "--rounds 10 --local-epochs 1 --batch-size 16 --lr 4e-4 --partition dirichlet --alpha 0.5 "
@@ -417,6 +424,8 @@ UNREAD = {  # reason -> commands whose last flag is not read for it
     "with --distillation-steps 0": ["--method feddf --distillation-steps 0 --proxy noise"],
     "with --ablate in": ["--ablate in --projection sum", "--noise 1 --ablate in --noise-on upload"],
     "with --missing-classes": ["--missing-classes 0.2 --alpha 1"],
+    "with --friend synthetic": ["--method apfl --virtual-per-class 3"],
+    "with --friend calibrated": ["--method apfl --friend calibrated --teacher clients"],
     "with --ablate prox": ["--ablate prox --mu 0.2"]}
 BOUNDS = {  # bounds of a number -> commands whose last flag does not keep them
     "a number above 0": ["--alpha 0", "--alpha inf", "--lr nan"],
@@ -452,8 +461,8 @@ def test_broken_data_are_one_line(tmp_path, capsys):
 MODULES = {path.stem: ast.parse(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
 LAYERS = [  # a module imports only modules of lines above its own
     "data models pictures", "graphs partitions semantics ranks", "files generator", "federation",
-    "evaluation baselines", "apfl fedin fedgen widths", "settings", "run", "analysis experiments",
-    "report", "tables"]
+    "evaluation baselines", "ccvr fedin fedgen widths", "apfl", "settings", "run",
+    "analysis experiments", "report", "tables"]
 
 
 def imported(module: str) -> set[str]:

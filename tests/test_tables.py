@@ -90,7 +90,7 @@ def test_an_id_stands_for_settings_that_change_numbers(monkeypatch):
     monkeypatch.setattr(run, "resolve", dict)
     flags = {"method": "fedavg", "dataset": "data/mine.npz", "seed": 0, "semantics": "clip"}
     for changes in ({"dataset": "elsewhere/mine.npz", "workers": 1, "device": "cuda"},
-                    {"new": None, "switch": False, "several": []},  # flags of a later run.py
+                    {"new": None, "switch": False, "several": [], "friend": "synthetic"},  # flags of a later run.py
                     {"semantics": "data/embeddings-clip-mine.npz"}):
         assert experiments.run_id(flags | changes) == experiments.run_id(flags)
     for changes in ({"seed": 1}, {"beta": 0.0}, {"semantics": "bert"}, {"dataset": "other.npz"}):
@@ -118,6 +118,7 @@ def test_embeddings_that_a_user_has_go_before_the_encoder():
 
 @pytest.mark.parametrize("words, part", [
     ("fedin-9", "unknown name fedin-9"), ("fedin-1 --seeds 0", "at least 1"),
+    ("fedin-1 --again --commands", "not allowed with"),
     ("fedin-1 --scale huge", "(--help lists"), ("fedin-1 --jobs 0", "at least 1"),
     ("apfl-2 --scale cut", "unknown name apfl-2 at scale cut"),
     ("fedin-6 --only CIFAR10", "--only CIFAR10 is in none of these names: noise 0, Fashion-MN")])
@@ -175,7 +176,7 @@ A note.
 | fedprox | 70 ± 1.5 / 33.5 ± 0.0 | – / 9.00 |
 | fedin | 80.0 / 32.5 ± 1.4 | 50.0 / – |
 
-Every cell: the paper / ours, mean ± standard deviation over the seeds that all rows of its \
+Every cell: the paper / ours, mean ± standard deviation, over the seeds that all rows of its \
 column have.
 
 Pairs of rows in the paper's order (ties are not), over the seeds of both: A 2 of 3.
@@ -193,6 +194,14 @@ Pairs of rows in the paper's order (ties are not), over the seeds of both: A 2 o
     assert report.lacking_runs(lines | {keys[0]: []}, 3) == [
         "Without runs: fedavg / A.", "Fewer than 3 seeds: fedavg / B (seed 0), fedprox / A (seeds "
         "0-1), fedprox / B (seed 0), fedin / B (seed 0)."]
+
+
+def test_a_table_without_fedavg_has_no_speeds():
+    table = PAPER["fedin-1"]
+    lines = {key: [] for key in cells(table)} | {("FedIN", NON_IID): [line(60, (4,), [60])]}
+    values = report.with_rounds(table, lines, Namespace(scale="paper", seeds=1)).values
+    assert values["FedIN", "CIFAR-10, round"] == [4]
+    assert not any(column.endswith("speed") for _, column in values)
 
 
 def test_rounds_to_the_target_and_speed():
@@ -237,7 +246,7 @@ def test_curves_and_sweeps_are_means_over_the_seeds_that_all_have():
     lines["FedAvg", NON_IID] = [line(20, curve=[10, 20]), line(90, curve=[80, 90])]
     lines["FedIN", NON_IID] = [line(40, curve=[30, 40])]
     values, notes, draw = report.curves(table, lines, ARGS, 0.6, "CIFAR-10")
-    assert table["report"] == ("curves", {"weight": 0.6, "goal": "CIFAR-10"})
+    assert table["report"] == ("curves", {"goal": "CIFAR-10"}) and analysis.SMOOTHING == 0.6
     panel, targets = draw.keywords["lines"][NON_IID], draw.keywords["targets"]
     assert targets == {NON_IID: pytest.approx(18)} and "have (1)" in notes[0]
     assert values["FedAvg", NON_IID] == [20, 90] and panel.keys() == {"FedAvg", "FedIN"}
@@ -272,7 +281,7 @@ def test_clients_are_shown_by_stage_and_by_method(monkeypatch):
     seen = analysis.ClientComparison(flat, [stage - 0.1 for stage in flat], list("abcd"), features,
                                      torch.arange(40) % 2)
     folders = []
-    monkeypatch.setattr(analysis, "_compared", lambda folder: folders.append(folder) or seen)
+    monkeypatch.setattr(analysis, "_compared", lambda folder, **_: folders.append(folder) or seen)
     monkeypatch.setattr(files, "read_config", lambda folder: {
         "method": "fedin", "model": "resnets", "clients": 5})
     lines = {("FedIN", "IID"): [{"id": "a"}]}
@@ -381,14 +390,23 @@ def test_a_run_is_that_of_its_command_and_is_made_once(one, capsys):
     assert known["torch"] == torch.__version__
 
     # A table needs the line alone.  Repeating is one flag.
-    (folder / "result.json").unlink()
-    assert tables.main([*command, "--only", "x"]) == 0 and not (folder / "result.json").exists()
+    folder.rename("away")
+    assert tables.main([*command, "--only", "x"]) == 0 and not folder.exists()
+    Path("away").rename(folder)
     Path("results/small/runs.jsonl").unlink()
     assert tables.main([*command, "--only", "x"]) == 0
     before = (folder / "config.json").stat().st_mtime_ns
     assert tables.main([*command, "--only", "x", "--again"]) == 0
     assert (folder / "config.json").stat().st_mtime_ns > before
     assert report.recorded("small").keys() == {known["id"]}
+    assert report.main([*command, "--data-dir", "elsewhere"]) == 0
+    assert len(Path("results/small/runs.jsonl").read_text().splitlines()) <= 2
+
+    # Again, but stopped: the old line does not hide that the run is to be made.
+    (folder / "result.json").unlink()
+    capsys.readouterr()
+    assert tables.main([*command, "--commands"]) == 0
+    assert capsys.readouterr().out.count(known["id"]) == 1
 
 
 def test_printed_commands_through_xargs_give_the_same_tables(one, capsys):

@@ -1,0 +1,161 @@
+"""What skew does to a global model's last layer, and what could mend it (not collected by pytest).
+
+    python -m tests.calibration FOLDER ... > results/calibration.csv
+    python -m tests.calibration --draw results/calibration.csv
+
+FOLDER: a finished run of AP-FL, or of FedAvg on one network.  Its global model keeps all layers but
+the last, which is trained further on features of real training images, on features that ccvr.py
+draws, and on features of the generator's images; or its bias alone is.  A line for each gives the
+accuracy in percent on the whole test set.  The last line is of a linear probe: how many of the
+features that it was not trained on it assigns rightly to real images or to the generator's, 50 if
+they cannot be told apart.
+"""
+
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import ccvr
+import data
+import generator
+import pictures
+import run
+from baselines import fedavg_client_update
+from federation import Experiment
+from models import TEST_BATCH, State, adam, predict, representation
+
+REAL, SYNTHETIC = (50, 500), 300  # images per class
+EPOCHS = ccvr.CALIBRATION_EPOCHS
+FIELDS = ["dataset", "alpha", "clients", "seed", "commit", "machine", "measure", "percent"]
+
+
+class Bias(nn.Module):
+    """Add a trained bias to logits."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(num_classes))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits + self.bias
+
+
+@torch.no_grad()
+def features_of(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Features (N, d) of standardised images, in evaluation mode."""
+    model.eval()
+    return torch.cat([representation(model, part) for part in inputs.split(TEST_BATCH)])
+
+
+def train(model: nn.Module, state: State, x: Tensor, y: Tensor) -> State:
+    """Train a small model on features or logits, as ccvr.calibrated does."""
+    images = data.ClientData(x, y, torch.arange(len(y)), prepare=lambda part: part)
+    result = fedavg_client_update(model, adam(model, ccvr.LR, fused=True), state, images,
+                                  data.streams(0, 0, 0), local_epochs=EPOCHS, batch_size=ccvr.BATCH)
+    return result.update.weights
+
+
+def balanced(labels: Tensor, per_class: int) -> Tensor:
+    """Rows of the first images of every class."""
+    return torch.cat([(labels == label).nonzero()[:per_class, 0] for label in labels.unique()])
+
+
+def measured(experiment: Experiment, server: dict, generator_state: State | None,
+             ) -> Iterator[tuple[str, float]]:
+    """Name of a measure, and its outcome in percent."""
+    # Global model, and its features
+    ((arch, weights),) = server["weights"].items()
+    net, images, prepare = experiment.network(arch, weights), experiment.data, experiment.prepare
+    rows = torch.cat([experiment.clients[k].indices for k in experiment.available])
+    features, labels = features_of(net, prepare(images.x_train[rows])), images.y_train[rows]
+    tests = features_of(net, prepare(images.x_test))
+    layer = {"weight": weights[ccvr.LAST + "weight"], "bias": weights[ccvr.LAST + "bias"]}
+
+    def accuracy(state: State) -> float:
+        logits = tests @ state["weight"].T + state["bias"]
+        return 100 * float((logits.argmax(dim=1) == images.y_test).double().mean())
+
+    def retrained(what: str, x: Tensor, y: Tensor) -> Iterator[tuple[str, float]]:
+        new = train(nn.Linear(x.shape[1], len(layer["bias"])), layer, x, y)
+        yield f"last layer, {what}", accuracy(new)
+        new = train(Bias(len(layer["bias"])), {"bias": layer["bias"]}, x @ layer["weight"].T, y)
+        yield f"bias, {what}", accuracy(layer | new)
+
+    yield "global model", accuracy(layer)
+    predicted = predict(net, images.x_test, prepare).bincount(minlength=len(images.classes))
+    yield "classes that it predicts for one test image in a hundred or more", (
+        100 * float((predicted >= 0.01 * len(images.y_test)).double().mean()))
+
+    # Real images, and features drawn by the statistics of the clients
+    for per_class in REAL:
+        chosen = balanced(labels, per_class)
+        yield from retrained(f"{per_class} real images per class", features[chosen], labels[chosen])
+    drawn = ccvr.virtual_features(ccvr.class_statistics(features, labels),
+                                  ccvr.VIRTUAL_PER_CLASS, torch.Generator().manual_seed(0))
+    yield from retrained("features drawn from class statistics", *drawn)
+
+    # Images of the generator
+    if generator_state is None:
+        return
+    maker = generator.load_generator(generator_state, images.x_train.shape[1],
+                                     experiment.settings["noise_dim"])
+    y = labels.unique().repeat_interleave(SYNTHETIC)
+    synthetic = features_of(net, generator.sample(maker, y, torch.Generator().manual_seed(0)))
+    yield from retrained("the generator's images", synthetic, y)
+    yield "linear probe, real or synthetic", probe(features[balanced(labels, SYNTHETIC)], synthetic)
+
+
+def probe(real: Tensor, synthetic: Tensor) -> float:
+    """Percent of features that logistic regression assigns rightly, trained on the other half."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    count = min(len(real), len(synthetic))
+    chosen = [part[torch.linspace(0, len(part) - 1, count).long()] for part in (real, synthetic)]
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    is_real = torch.arange(2 * count) < count
+    halves = StratifiedKFold(2, shuffle=True, random_state=0)
+    return 100 * float(cross_val_score(model, torch.cat(chosen).numpy(), is_real.numpy(),
+                                       cv=halves).mean())
+
+
+def draw(path: Path) -> None:
+    """Draw a CSV of several runs: a panel per data set and alpha, a line per seed."""
+    panels: dict[str, dict] = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            if line["measure"].startswith(("global", "last")):
+                panel = panels.setdefault(f"{line['dataset']}, alpha {line['alpha']}", {})
+                panel.setdefault(line["measure"], []).append(float(line["percent"]))
+    numbers = {title: {measure: (None, sum(values) / len(values), (max(values) - min(values)) / 2)
+                       for measure, values in panel.items()} for title, panel in panels.items()}
+    pictures.draw_numbers(path.with_suffix(".png"), numbers, dict.fromkeys(numbers, "accuracy, %"),
+                          "AP-FL's global model, its last layer trained on ...")
+
+
+def main(words: list[str]) -> None:
+    """Measure runs and print their lines, or draw them."""
+    if words[:1] == ["--draw"]:
+        return draw(Path(words[1]))
+    writer = csv.DictWriter(sys.stdout, FIELDS, lineterminator="\n")
+    writer.writeheader()
+    for folder in words:
+        experiment, progress = run.open_run(folder, device="cpu")
+        settings = experiment.settings
+        known = {"dataset": Path(settings["dataset"]).stem, "alpha": settings.get("alpha"),
+                 **{name: settings[name] for name in ("clients", "seed")},
+                 **{name: settings["versions"][name] for name in ("commit", "machine")}}
+        for name, value in measured(experiment, progress.server,
+                                    progress.stage_results.get("generator")):
+            writer.writerow(known | {"measure": name, "percent": f"{value:.2f}"})
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
