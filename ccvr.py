@@ -25,7 +25,7 @@ from federation import Ending, Experiment, Result, Task, train_clients, train_se
 from models import MODELS, TEST_BATCH, State, adam, num_bytes, representation
 
 VIRTUAL_PER_CLASS = 300  # drawn features per class
-CALIBRATION_EPOCHS, BATCH, LR = 30, 64, 1e-3  # of training on them, by Adam
+CALIBRATION_EPOCHS, BATCH, LR = 30, 64, 1e-3  # Adam trains on them
 LAST = "classifier.fc."  # names of the last layer's weights begin with this
 
 

@@ -298,7 +298,7 @@ def run_id(flags: Mapping) -> str:
 
 def digits_of(flags: Mapping, but: Collection[str] = ()) -> str:
     """Ten digits that stand for all settings of a run that change a number, but for some names."""
-    # What is off does not count (--friend synthetic too), so that a new flag changes no digit.
+    # Flags that are off do not count (as --friend synthetic), so that a new one changes no digit.
     decisive = {name: Path(value).name if isinstance(value, str) else value
                 for name, value in run.resolve(dict(flags)).items()
                 if name not in (*MACHINE, *but)

@@ -404,7 +404,7 @@ def write_tables(args: Namespace) -> int:
     for name, table in args.tables.items():
         try:
             print(f"\n{report(name, table, args)}", flush=True)
-        except Exception as error:  # of whatever kind: the others can be made
+        except Exception as error:  # an error of any kind leaves the others to be made
             print(f"\n{name}: {type(error).__name__}: {data.first_line(error)}", flush=True)
             status = 1
     if (RESULTS / args.scale).exists():

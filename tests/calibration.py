@@ -1,4 +1,4 @@
-"""What skew does to a global model's last layer, and what could mend it (not collected by pytest).
+"""A global model's last layer under skew, and what could mend it (not collected by pytest).
 
     python -m tests.calibration FOLDER ... > results/calibration.csv
     python -m tests.calibration --draw results/calibration.csv

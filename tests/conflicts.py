@@ -1,4 +1,4 @@
-"""How often FedIN's two gradients conflict (b < 0 in Eq. 12), and what exact projection costs.
+"""Conflicts of FedIN's two gradients (b < 0 in Eq. 12), and the cost of exact projection.
 
     python -m tests.conflicts [FLAG VALUE ...]     not collected by pytest
 

@@ -54,7 +54,7 @@ def test_drawn_features_have_the_means_and_covariances_of_their_classes():
         error = torch.cov(rows.T) - statistics.covariances[label]
         assert (error.abs() < 0.12 * torch.outer(scale, scale)).all()
         torch.testing.assert_close(rows[:, 4], 2 * rows[:, 0] - rows[:, 1], atol=1e-4, rtol=0)
-    of_one = drawn[drawn_labels == 3]  # of one image there is nothing but its own features
+    of_one = drawn[drawn_labels == 3]  # one image has nothing but its own features
     torch.testing.assert_close(of_one, statistics.means[3].float().expand_as(of_one))
 
 

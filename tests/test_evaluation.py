@@ -85,15 +85,16 @@ def test_a_line_is_of_the_models_in_use_and_of_the_whole_network_if_it_is_anothe
 def test_the_last_line_has_the_accuracies_of_each_kind_and_those_of_the_rounds(monkeypatch):
     monkeypatch.setattr(evaluation, "predicted_right", lambda run, in_use: {
         k: right for k, arch, key, right in in_use})
-    line = {"accuracy": 1.0, "personal_accuracy": 2.0, "download_mb": 3.0, "round": 9}
+    line = {"accuracy": 1.0, "personal_accuracy": 2.0, "download_mb": 3.0, "upload_mb": 1.0,
+            "round": 9}
     ending = federation.Ending({"client": dict.fromkeys(RIGHT, RIGHT[0] >= 0), "friend": RIGHT},
-                               5_000_000, {})
+                               5_000_000, {}, 2_000_000)
     last, common = evaluation.final_metrics(tiny_experiment(), line, ending), {
         "round": 9, "global_accuracy": 1, "global_personal_accuracy": 2}
     names = [f"{group}{kind}_{name}" for kind in ("client", "friend") for group in ("", "dropout_")
              for name in ("accuracy", "personal_accuracy")]
     of_kinds = dict(zip(names, [100] * 4 + [100 * 7 / 12, 80, 100 * 4 / 6, 50]))
-    assert last == pytest.approx(ALL | common | of_kinds | {"download_mb": 8})
+    assert last == pytest.approx(ALL | common | of_kinds | {"download_mb": 8, "upload_mb": 3})
     one_kind = federation.Ending({"client": RIGHT}, 0, {})
     assert evaluation.final_metrics(tiny_experiment(), line, one_kind) == pytest.approx(
-        ALL | common | {"download_mb": 3})
+        ALL | common | {"download_mb": 3, "upload_mb": 1})

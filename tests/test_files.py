@@ -15,7 +15,7 @@ import apfl
 import files
 import models
 import run
-from settings import AFTER_ROUNDS
+from settings import AFTER_ROUNDS, CALIBRATION
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +192,7 @@ OTHER_STAGES = ("--beta 0.5 --beta-on friend --lambda 0.3 --semantics onehot --t
 def test_a_run_may_start_after_the_rounds_of_one_with_other_stages(tmp_path, whole_apfl, capsys):
     flags, entries, _ = whole_apfl
     named = {flag.removeprefix("--").replace("-", "_") for flag in OTHER_STAGES[::2]}
-    assert {*AFTER_ROUNDS} == named | {"finetune_epochs", "word_vectors"}
+    assert {*AFTER_ROUNDS} == named | {"finetune_epochs", "word_vectors", "friend", *CALIBRATION}
     go(tmp_path / "first", *flags)
     before = bytes_in(tmp_path / "first")
     alone = go(tmp_path / "alone", *flags, *OTHER_STAGES)
@@ -200,6 +200,10 @@ def test_a_run_may_start_after_the_rounds_of_one_with_other_stages(tmp_path, who
     from_first = [*flags, *OTHER_STAGES, "--start-from", str(tmp_path / "first"), "--resume"]
     for _ in range(2):  # begun, and repeated
         assert go(tmp_path / "second", *from_first) == alone
+    calibrated = ["--friend", "calibrated", "--start-from", str(tmp_path / "first")]
+    start = flags.index(FEW[0])
+    kept = [*flags[:start], *flags[start + len(FEW):]]  # but the generator's
+    assert go(tmp_path / "third", *kept, *calibrated)[:-1] == entries[:-1]
     assert result(tmp_path / "second") == result(tmp_path / "alone")
     assert config(tmp_path / "second") == config(tmp_path / "alone")
     assert alike(checkpoint(tmp_path / "second"), checkpoint(tmp_path / "alone"))

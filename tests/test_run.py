@@ -562,7 +562,7 @@ def test_the_documents_name_only_flags_and_functions_that_exist():
     flags = {typed_as(action.dest) for action in run.parser()._actions}
     flags |= {"--nproc-per-node", "--nnodes", "--array", "--wrap"}  # flags of torchrun and Slurm
     for text in (README, *((ROOT / name).read_text() for name in ("report.py", "tables.py"))):
-        flags |= set(re.findall(r'add(?:_argument)?\("(--[\w-]+)"', text))
+        flags |= set(re.findall(r'add(?:_argument|_one)?\("(--[\w-]+)"', text))
     for name in ("README.md", "PAPERS.md"):
         named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / name).read_text()))
         assert named <= flags and len(named) > 5, name

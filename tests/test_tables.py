@@ -90,7 +90,8 @@ def test_an_id_stands_for_settings_that_change_numbers(monkeypatch):
     monkeypatch.setattr(run, "resolve", dict)
     flags = {"method": "fedavg", "dataset": "data/mine.npz", "seed": 0, "semantics": "clip"}
     for changes in ({"dataset": "elsewhere/mine.npz", "workers": 1, "device": "cuda"},
-                    {"new": None, "switch": False, "several": [], "friend": "synthetic"},  # flags of a later run.py
+                    {"new": None, "switch": False, "several": [],  # flags of a later run.py
+                     "friend": "synthetic"},
                     {"semantics": "data/embeddings-clip-mine.npz"}):
         assert experiments.run_id(flags | changes) == experiments.run_id(flags)
     for changes in ({"seed": 1}, {"beta": 0.0}, {"semantics": "bert"}, {"dataset": "other.npz"}):
