@@ -139,8 +139,8 @@ FEDIN_FIGURES = {
                    "rows": TWELVE, "columns": SKEWED_CIFAR,
                    "report": ("curves", {"goal": "CIFAR-10"})},
     "fedin-fig6ab": {"title": "Fig. 6a and 6b: mean CKA between clients, by stage (FedProx: ours)",
-                     "rows": {**THREE, "FedProx": FEDPROX}, "columns": CIFAR_SPLITS, "networks": True,
-                     "report": ("similarity", {"shown": "stages"})},
+                     "rows": {**THREE, "FedProx": FEDPROX}, "columns": CIFAR_SPLITS,
+                     "networks": True, "report": ("similarity", {"shown": "stages"})},
     "fedin-fig6c": {"title": "Fig. 6c: accuracy, %, by |S|, non-IID CIFAR-10",
                     "rows": {"FedIN": FEDIN | CIFAR | NON_IID},
                     "columns": {str(size): {"feature_batch_size": size}
