@@ -126,7 +126,7 @@ def probe(real: Tensor, synthetic: Tensor) -> float:
 
 
 def draw(path: Path) -> None:
-    """Draw a CSV of several runs: a panel per data set and alpha, a line per seed."""
+    """Draw a CSV of several runs: a panel per data set and alpha."""
     panels: dict[str, dict] = {}
     with open(path, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
@@ -136,7 +136,7 @@ def draw(path: Path) -> None:
     numbers = {title: {measure: (None, sum(values) / len(values), (max(values) - min(values)) / 2)
                        for measure, values in panel.items()} for title, panel in panels.items()}
     pictures.draw_numbers(path.with_suffix(".png"), numbers, dict.fromkeys(numbers, "accuracy, %"),
-                          "AP-FL's global model, its last layer trained on ...")
+                          "AP-FL's global model, and its last layer trained further (bars: range)")
 
 
 def main(words: list[str]) -> None:
