@@ -394,18 +394,18 @@ def weights_in_use(settings: dict, saved: files.Progress, arch: str,
                    client: int | None) -> State | None:
     """Weights that a client uses after all stages, or the server's; None if a stage is left."""
     method, done = run.METHODS[settings["method"]], saved.stage_results
+    if settings["method"] == "ccvr":  # one network for all
+        return done["calibrated"][0] if "calibrated" in done else None
     if client is None or method.finish is None:
         user = Client(client, torch.empty(0, dtype=torch.int64), arch)
         return method.deploy(saved.server, user, saved.memory.get(client))[1]
     if "calibrated" in done:
         weights, _ = done["calibrated"]
         done = done | {"friends": dict.fromkeys(range(settings["clients"]), weights)}
-    if "friends" in done and settings["method"] == "apfl":
+    if "friends" in done:
         kinds = apfl.final_models(saved.server, done, beta=settings["beta"],
                                   beta_on=settings["beta_on"])
         return kinds["personalised"][client]
-    if "friends" in done:
-        return done["friends"][client]
     return None if settings["method"] == "apfl" else done.get("late", {}).get(client)
 
 

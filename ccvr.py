@@ -1,11 +1,11 @@
 """CCVR: the last layer calibrated on virtual features.  Neither FedIN nor AP-FL has it.
 
 Luo et al., No Fear of Heterogeneity: Classifier Calibration for Federated Learning with Non-IID
-Data, arxiv.org/abs/2106.05001.  After FedAvg's last round every client sends mean and covariance of
-the features of each of its classes, which are the inputs of the global model's last layer.  The
-server pools them, draws features of every class, and trains the last layer on these.  AP-FL can
-take the outcome for its friend model (--friend calibrated), in place of a model trained on a
-generator's images.  Number of drawn features, epochs and optimiser are our choice.
+Data, arxiv.org/abs/2106.05001.  After FedAvg's last round every participant sends mean and
+covariance of the features of each of its classes, which are the inputs of the global model's last
+layer.  The server pools them, draws features of every class, and trains the last layer on these.
+AP-FL can take the outcome for its friend model (--friend calibrated), in place of a model trained
+on a generator's images.  Number of drawn features, epochs and optimiser are our choice.
 
 A mean and a covariance tell much of few images: of one image they are its features themselves, from
 which an attacker may reconstruct it (analysis.reconstruct).
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from baselines import APFL_SETTING, FEDAVG, QUICK_APFL, fedavg_client_update
-from data import VIRTUAL_BATCHES, VIRTUAL_FEATURES, ClientData, Stream, streams
+from data import BATCHES, VIRTUAL_BATCHES, VIRTUAL_FEATURES, ClientData, Stream, streams
 from federation import Ending, Experiment, Result, Task, train_clients, train_server
-from models import MODELS, TEST_BATCH, State, adam, num_bytes, representation
+from models import (MODELS, TEST_BATCH, State, adam, empty_network, num_bytes,
+                    representation)
 
 VIRTUAL_PER_CLASS = 300  # drawn features per class
 CALIBRATION_EPOCHS, BATCH, LR = 30, 64, 1e-3  # Adam trains on them
@@ -74,7 +75,10 @@ def pooled(parts: Sequence[ClassStatistics]) -> ClassStatistics:
 @torch.no_grad()
 def statistics_update(model: nn.Module, optimizer: Optimizer, received: State, data: ClientData,
                       stream: Stream) -> Result:
-    """Send the class statistics of the client's images by the global model, in evaluation mode."""
+    """Send the class statistics of the client's images by the global model, in evaluation mode.
+
+    With --augment they are of augmented images, with --amp of features in bfloat16.
+    """
     model.load_state_dict(received)
     model.eval()
     features = torch.cat([representation(model, data.batch(rows)[0])
@@ -92,11 +96,11 @@ def virtual_features(statistics: ClassStatistics, per_class: int,
 
     Draws are made on the CPU.
     """
-    # Symmetric roots, since a covariance of few images is singular
+    # Symmetric roots, which exist for singular covariances, and whose signs no library chooses
     values, vectors = torch.linalg.eigh(statistics.covariances)
-    roots = vectors * values.clamp(min=0).sqrt()[:, None]
+    roots = vectors * values.clamp(min=0).sqrt()[:, None] @ vectors.transpose(1, 2)
     noise = torch.randn(len(roots), per_class, roots.shape[1], generator=rng, dtype=torch.float64)
-    drawn = statistics.means[:, None] + noise.to(roots.device) @ roots.transpose(1, 2)
+    drawn = statistics.means[:, None] + noise.to(roots.device) @ roots
     return drawn.flatten(0, 1).float(), statistics.classes.repeat_interleave(per_class)
 
 
@@ -105,12 +109,12 @@ def calibrated(weights: State, features: Tensor, labels: Tensor, stream: Stream,
     """Train a network's last layer on features (N, d) and labels (N,); return all its weights."""
     layer = {name.removeprefix(LAST): tensor for name, tensor in weights.items()
              if name.startswith(LAST)}
-    model = nn.Linear(*reversed(layer["weight"].shape), device=features.device)
+    model = empty_network(partial(nn.Linear, *reversed(layer["weight"].shape)), features.device)
     data = ClientData(features, labels, torch.arange(len(labels), device=labels.device),
                       prepare=lambda x: x)
-    rate = torch.tensor(LR, device=features.device) if features.is_cuda else LR
-    result = fedavg_client_update(model, adam(model, rate, fused=True), layer, data,
-                                  lambda purpose: stream(VIRTUAL_BATCHES),
+    renamed = {BATCHES: VIRTUAL_BATCHES}
+    result = fedavg_client_update(model, adam(model, LR, fused=True), layer, data,
+                                  lambda purpose: stream(renamed[purpose]),
                                   local_epochs=calibration_epochs, batch_size=BATCH)
     return weights | {LAST + name: tensor for name, tensor in result.update.weights.items()}
 

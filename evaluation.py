@@ -146,7 +146,8 @@ def final_metrics(experiment: Experiment, line: dict, ending: Ending) -> dict:
     entry = {**line, "download_mb": line["download_mb"] + ending.download / 1e6,
              "upload_mb": line["upload_mb"] + ending.upload / 1e6}
     for kind, weights in pictures.progress_bar(ending.models.items(), "evaluation", "kind"):
-        in_use = ((k, client.arch, k, weights[k]) for k, client in enumerate(experiment.clients))
+        in_use = ((k, client.arch, id(weights[k]), weights[k])  # equal ids, one network for all
+                  for k, client in enumerate(experiment.clients))
         right = predicted_right(experiment, in_use)
         entry |= accuracies(experiment, right)  # clients use the last kind
         if len(ending.models) > 1:

@@ -6,7 +6,7 @@
 
 Reads from top to bottom: settings; the command line; the settings of one run; set-up; one round;
 the loop over rounds; stages after the last round; main.  A method's own functions and flags are in
-baselines.py, widths.py, fedgen.py, fedin.py and apfl.py.
+baselines.py, widths.py, fedgen.py, ccvr.py, fedin.py and apfl.py.
 """
 
 import argparse
@@ -148,7 +148,7 @@ def parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="resume the run in --out; with other flags, begin it "
         "if there is none; of a finished run, print the result")
     add("--start-from", metavar="DIR", help="begin after the rounds of the finished run in DIR, "
-        "which may differ in flags of AP-FL's stages and --finetune-epochs alone")
+        "which may differ in flags of the stages after them alone")
     add("--checkpoint-every", type=number(int, 1), help="rounds between checkpoints (default: 1)")
 
     for title, module in {"data": partitions, "FedIN": fedin, "AP-FL": apfl, "ScaleFL": widths,

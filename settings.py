@@ -64,7 +64,8 @@ def unread_because(flag: str, settings: Mapping[str, Any], implied: Mapping[str,
     needs = ONLY_WITH.get(flag, {})
     causes = [other for other, value in NOT_WITH.get(flag, {}).items()
                  if settings.get(other) == value]
-    if needs and not any(settings.get(other) in values for other, values in needs.items()):
+    if needs and not any(settings.get(other) in values and not unread_because(
+            other, settings, implied) for other, values in needs.items()):
         causes += [other for other in needs if other in settings] or ["method"]
     if not causes:
         return ""

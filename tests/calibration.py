@@ -6,9 +6,9 @@
 FOLDER: a finished run of AP-FL, or of FedAvg on one network.  Its global model keeps all layers but
 the last, which is trained further on features of real training images, on features that ccvr.py
 draws, and on features of the generator's images; or its bias alone is.  A line for each gives the
-accuracy in percent on the whole test set.  The last line is of a linear probe: how many of the
-features that it was not trained on it assigns rightly to real images or to the generator's, 50 if
-they cannot be told apart.
+accuracy in percent on the whole test set.  The last lines are of a linear probe: how many of the
+features that it was not trained on it assigns rightly to training images or to the generator's, 50
+if they cannot be told apart; and, to compare, to training or to test images.
 """
 
 import csv
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import ccvr
 import data
+import files
 import generator
 import pictures
 import run
@@ -30,7 +31,8 @@ from models import TEST_BATCH, State, adam, predict, representation
 
 REAL, SYNTHETIC = (50, 500), 300  # images per class
 EPOCHS = ccvr.CALIBRATION_EPOCHS
-FIELDS = ["dataset", "alpha", "clients", "seed", "commit", "machine", "measure", "percent"]
+FIELDS = ["dataset", "alpha", "clients", "seed", "commit of the run", "commit", "machine",
+          "measure", "percent"]
 
 
 class Bias(nn.Module):
@@ -60,8 +62,13 @@ def train(model: nn.Module, state: State, x: Tensor, y: Tensor) -> State:
 
 
 def balanced(labels: Tensor, per_class: int) -> Tensor:
-    """Rows of the first images of every class."""
-    return torch.cat([(labels == label).nonzero()[:per_class, 0] for label in labels.unique()])
+    """Rows of images of every class, spread over all clients; fewer where a class has fewer."""
+    chosen = []
+    for label in labels.unique():
+        rows = (labels == label).nonzero().flatten()
+        count = min(per_class, len(rows))
+        chosen.append(rows[torch.linspace(0, len(rows) - 1, count).long()])
+    return torch.cat(chosen)
 
 
 def measured(experiment: Experiment, server: dict, generator_state: State | None,
@@ -106,22 +113,24 @@ def measured(experiment: Experiment, server: dict, generator_state: State | None
     y = labels.unique().repeat_interleave(SYNTHETIC)
     synthetic = features_of(net, generator.sample(maker, y, torch.Generator().manual_seed(0)))
     yield from retrained("the generator's images", synthetic, y)
-    yield "linear probe, real or synthetic", probe(features[balanced(labels, SYNTHETIC)], synthetic)
+    real = features[balanced(labels, SYNTHETIC)]
+    yield "linear probe, training or synthetic", probe(real, synthetic)
+    yield "linear probe, training or test", probe(real, tests[balanced(images.y_test, SYNTHETIC)])
 
 
-def probe(real: Tensor, synthetic: Tensor) -> float:
+def probe(one: Tensor, other: Tensor) -> float:
     """Percent of features that logistic regression assigns rightly, trained on the other half."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    count = min(len(real), len(synthetic))
-    chosen = [part[torch.linspace(0, len(part) - 1, count).long()] for part in (real, synthetic)]
+    count = min(len(one), len(other))
+    chosen = [part[torch.linspace(0, len(part) - 1, count).long()] for part in (one, other)]
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    is_real = torch.arange(2 * count) < count
+    is_one = torch.arange(2 * count) < count
     halves = StratifiedKFold(2, shuffle=True, random_state=0)
-    return 100 * float(cross_val_score(model, torch.cat(chosen).numpy(), is_real.numpy(),
+    return 100 * float(cross_val_score(model, torch.cat(chosen).numpy(), is_one.numpy(),
                                        cv=halves).mean())
 
 
@@ -150,7 +159,8 @@ def main(words: list[str]) -> None:
         settings = experiment.settings
         known = {"dataset": Path(settings["dataset"]).stem, "alpha": settings.get("alpha"),
                  **{name: settings[name] for name in ("clients", "seed")},
-                 **{name: settings["versions"][name] for name in ("commit", "machine")}}
+                 "commit of the run": settings["versions"]["commit"], "commit": files.commit(),
+                 "machine": files.machine()}
         for name, value in measured(experiment, progress.server,
                                     progress.stage_results.get("generator")):
             writer.writerow(known | {"measure": name, "percent": f"{value:.2f}"})

@@ -1,4 +1,4 @@
-"""Conflicts of FedIN's two gradients (b < 0 in Eq. 12), and the cost of exact projection.
+"""Conflicts of FedIN's two gradients (b < 0 in Eq. 12), and the accuracy of exact projection.
 
     python -m tests.conflicts [FLAG VALUE ...]     not collected by pytest
 
@@ -44,7 +44,7 @@ class Counter:
 def main(flags: list[str]) -> None:
     """Run both, and print a line for each."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["command", "commit", "machine", "projection", "accuracy", "seconds",
+    writer.writerow(["command", "commit", "machine", "projection", "accuracy",
                      "tensors with b < 0, %", "steps with such a tensor, %"])
     command = " ".join(["python -m tests.conflicts", *flags])
     for projection in ("simplified", "exact"):
@@ -57,11 +57,10 @@ def main(flags: list[str]) -> None:
             if status != 0:
                 sys.exit(status)
             result = json.loads(Path(folder, "run", "result.json").read_text())
-            seconds = result["samples"] / result["images_per_second"]
         shares = [f"{100 * part / whole:.1f}" if whole else "" for part, whole in (
             (counter.against, counter.tensors), (counter.steps_with, counter.steps))]
         writer.writerow([command, files.commit(), files.machine(), projection, result["accuracy"],
-                         f"{seconds:.0f}", *shares])
+                         *shares])
         sys.stdout.flush()
 
 

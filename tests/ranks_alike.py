@@ -25,7 +25,7 @@ SMALL = "--train-images 240 --clients 6 --rounds 3 --local-epochs 1 --workers 1"
 APFL = "--generator-steps 4 --generator-batch 2 --synthetic-per-class 6 --friend-epochs 1".split()
 FLAGS = {
     **{method: ["--method", method, *SMALL] for method in
-       "fedavg fedin scaffold moon heterofl fedgen feddf local".split()},
+       "fedavg fedin scaffold moon heterofl fedgen feddf local ccvr".split()},
     "apfl": ["--method", "apfl", "--missing-classes", "0.2", *SMALL, *APFL],
     "async": ["--method", "apfl", "--aggregation", "async", *SMALL, *APFL]}
 

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from commands import CNN, FEW, checkpoint, config, experiment_of, lines, make_small, result
+from commands import (CNN, DROPOUT, FEW, checkpoint, config, experiment_of, go, lines, make_small,
+                      refused, result)
 from tiny import all_same, tiny_data
 
 import analysis
@@ -41,7 +42,7 @@ def test_statistics_of_clients_pooled_are_those_of_all_images():
     assert alone == 3
 
 
-def test_drawn_features_have_the_means_and_covariances_of_their_classes():
+def test_drawn_features_have_the_means_and_covariances_of_their_classes(monkeypatch):
     features, labels, _ = features_of_three()
     features[:, 4] = 2 * features[:, 0] - features[:, 1]  # a singular covariance
     statistics = ccvr.class_statistics(features, labels)
@@ -54,6 +55,13 @@ def test_drawn_features_have_the_means_and_covariances_of_their_classes():
         error = torch.cov(rows.T) - statistics.covariances[label]
         assert (error.abs() < 0.12 * torch.outer(scale, scale)).all()
         torch.testing.assert_close(rows[:, 4], 2 * rows[:, 0] - rows[:, 1], atol=1e-4, rtol=0)
+    def flipped(covariances, eigh=torch.linalg.eigh):
+        values, vectors = eigh(covariances)
+        return values, vectors * torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0])
+
+    monkeypatch.setattr(torch.linalg, "eigh", flipped)  # as another library may have it
+    again, _ = ccvr.virtual_features(statistics, 4000, random(2))
+    torch.testing.assert_close(again, drawn, atol=1e-4, rtol=1e-4)
     of_one = drawn[drawn_labels == 3]  # one image has nothing but its own features
     torch.testing.assert_close(of_one, statistics.means[3].float().expand_as(of_one))
 
@@ -115,5 +123,21 @@ def test_apfls_friend_model_may_be_ccvrs_model(run_of, monkeypatch):
     mine = analysis.trained_network(apfl, client=1).net.state_dict()
     for name, tensor in mine.items():
         torch.testing.assert_close(tensor, 0.25 * own[name] + 0.75 * friend[name])
-    assert all_same({"a": analysis.trained_network(run, client=2).net.state_dict()},
-                    {"a": checkpoint(run)["stage_results"]["calibrated"][0]})
+    for choice in ({"client": 2}, {}):
+        assert all_same({"a": analysis.trained_network(run, **choice).net.state_dict()},
+                        {"a": checkpoint(run)["stage_results"]["calibrated"][0]})
+
+
+def test_dropout_clients_send_nothing_and_the_stage_resumes(tmp_path, monkeypatch, capsys):
+    def stopped(parts, pool=ccvr.pooled):
+        known.append(pool(parts).classes.tolist())
+        if len(known) == 1:
+            raise KeyboardInterrupt
+        return pool(parts)
+
+    known, flags = [], [*DROPOUT, "--rounds", "1", "--method", "apfl", "--friend", "calibrated"]
+    monkeypatch.setattr(ccvr, "pooled", stopped)
+    assert "--resume" in refused(capsys, *flags, "--out", str(tmp_path / "one"), status=130)
+    assert [*checkpoint(tmp_path / "one")["stage_results"]] == ["late"]
+    assert go(tmp_path / "one", "--resume") == go(tmp_path / "two", *flags)
+    assert known == [list(range(8))] * 3  # classes 8 and 9 are the dropout client's alone

@@ -29,7 +29,7 @@ DEVICE = torch.device("cuda")
 ON_GPU = ["--device", str(DEVICE)]
 RUNS = {  # the sixteen methods, and what changes a step
     "local": CNN, "fedavg": RESNETS, "fedavg-ft": CNN, "fedprox": RESNETS, "scaffold": RESNETS,
-    "fednova": CNN, "moon": RESNETS, "fedgen": CNN, "feddf": CNN, "inco": RESNETS,
+    "fednova": CNN, "moon": RESNETS, "fedgen": CNN, "feddf": CNN, "ccvr": CNN, "inco": RESNETS,
     "inclusivefl": RESNETS, "fedin": RESNETS, "apfl": APFL,
     **dict.fromkeys(("heterofl", "fedrolex", "scalefl"), [*RESNETS, "--model", "resnet18-widths"])}
 VARIANTS = [("fedin", "--noise", "0.8"), ("fedin", "--projection", "exact"), ("fedin", "--amp"),

@@ -426,6 +426,8 @@ UNREAD = {  # reason -> commands whose last flag is not read for it
     "with --missing-classes": ["--missing-classes 0.2 --alpha 1"],
     "with --friend synthetic": ["--method apfl --virtual-per-class 3"],
     "with --friend calibrated": ["--method apfl --friend calibrated --teacher clients"],
+    "with --dataset few.npz": [
+        "--method apfl --dataset few.npz --friend calibrated --data-dir data"],
     "with --ablate prox": ["--ablate prox --mu 0.2"]}
 BOUNDS = {  # bounds of a number -> commands whose last flag does not keep them
     "a number above 0": ["--alpha 0", "--alpha inf", "--lr nan"],
