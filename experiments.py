@@ -22,7 +22,7 @@ import semantics
 # ------------------------------------------------------------------------------------------- scales
 
 # Flags by --setting, on top of its own values, and by method; options of a "report".
-SMOKE = {"rounds": 2, "local_epochs": 1, "test_images": 60, "eval_every": 1, "checkpoint_every": 2}
+SMOKE = {"rounds": 2, "local_epochs": 1, "test_images": 60, "eval_every": 2, "checkpoint_every": 2}
 NARROW = {f"method {name}": {"model": "resnet18-widths"}  # in place of ResNet152
           for name in ("heterofl", "fedrolex", "scalefl")}
 SCALES = {
