@@ -68,6 +68,18 @@ def test_a_folder_is_locked_first_and_goes_if_nothing_is_in_it(tmp_path, monkeyp
     assert names(out) == {"config.json"}
 
 
+@pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError("flock"),
+                                   PermissionError(13, "Permission denied")])
+def test_a_folder_that_cannot_be_locked_is_an_error_that_says_what_to_do(error, tmp_path,
+                                                                         monkeypatch):
+    def acquire(lock):
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    with pytest.raises(ValueError, match="cannot be locked .*choose an --out where you may write"):
+        files.claim(tmp_path, resume=False)
+
+
 # ------------------------------------------------------------------------ moved, other, wrong files
 
 def test_a_run_is_resumed_where_its_data_have_moved(tmp_path, capsys, monkeypatch):
