@@ -160,8 +160,7 @@ def mean_curves(lines: Lines, weight: float) -> dict[str, dict[str, tuple]]:
     for (row, column), runs in lines.items():
         per_seed = [analysis.smoothed(line["accuracy"], weight) for line in runs]
         means, spreads = zip(*map(mean_and_spread, zip(*per_seed)))
-        band = [spread or 0.0 for spread in spreads]
-        panels.setdefault(column, {})[row] = runs[0]["rounds"], means, band
+        panels.setdefault(column, {})[row] = runs[0]["rounds"], means, [one or 0 for one in spreads]
     return panels
 
 

@@ -56,15 +56,14 @@ def missing_runs(args: Namespace) -> dict[str, dict]:
 def commands(jobs: Mapping[str, dict], args: Namespace) -> dict[str, list[str]]:
     """Id -> words of run.py's command line, longest run first, of equal ones lower seeds first.
 
-    AP-FL's runs with equal rounds start after those of one of them.
+    Runs with equal rounds start after those of one of them.
     """
     lines, first_of = {}, {}
     for name in sorted(jobs, key=lambda name: (-cost(jobs[name]), jobs[name]["seed"])):
         words = [*run.command_line(jobs[name]), "--resume", "--out", str(RUNS / args.scale / name)]
-        if jobs[name]["method"] == "apfl":
-            first = first_of.setdefault(digits_of(jobs[name], but=AFTER_ROUNDS), name)
-            if first != name:
-                words += ["--start-from", str(RUNS / args.scale / first)]
+        first = first_of.setdefault(digits_of(jobs[name], but=AFTER_ROUNDS), name)
+        if first != name:
+            words += ["--start-from", str(RUNS / args.scale / first)]
         lines[name] = words
     return lines
 

@@ -13,7 +13,7 @@ if they cannot be told apart; and, to compare, to training or to test images.
 
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,12 +27,11 @@ import pictures
 import run
 from baselines import fedavg_client_update
 from federation import Experiment
+from files import Progress
 from models import TEST_BATCH, State, adam, predict, representation
 
 REAL, SYNTHETIC = (50, 500), 300  # images per class
 EPOCHS = ccvr.CALIBRATION_EPOCHS
-FIELDS = ["dataset", "alpha", "clients", "seed", "commit of the run", "commit", "machine",
-          "measure", "percent"]
 
 
 class Bias(nn.Module):
@@ -71,11 +70,10 @@ def balanced(labels: Tensor, per_class: int) -> Tensor:
     return torch.cat(chosen)
 
 
-def measured(experiment: Experiment, server: dict, generator_state: State | None,
-             ) -> Iterator[tuple[str, float]]:
+def measured(experiment: Experiment, progress: Progress) -> Iterator[tuple[str, float]]:
     """Name of a measure, and its outcome in percent."""
     # Global model, and its features
-    ((arch, weights),) = server["weights"].items()
+    ((arch, weights),) = progress.server["weights"].items()
     net, images, prepare = experiment.network(arch, weights), experiment.data, experiment.prepare
     rows = torch.cat([experiment.clients[k].indices for k in experiment.available])
     features, labels = features_of(net, prepare(images.x_train[rows])), images.y_train[rows]
@@ -106,9 +104,9 @@ def measured(experiment: Experiment, server: dict, generator_state: State | None
     yield from retrained("features drawn from class statistics", *drawn)
 
     # Images of the generator
-    if generator_state is None:
+    if "generator" not in progress.stage_results:
         return
-    maker = generator.load_generator(generator_state, images.x_train.shape[1],
+    maker = generator.load_generator(progress.stage_results["generator"], images.x_train.shape[1],
                                      experiment.settings["noise_dim"])
     y = labels.unique().repeat_interleave(SYNTHETIC)
     synthetic = features_of(net, generator.sample(maker, y, torch.Generator().manual_seed(0)))
@@ -148,23 +146,27 @@ def draw(path: Path) -> None:
                           "AP-FL's global model, and its last layer trained further (bars: range)")
 
 
+def write(folders: list[str], measured: Callable, *settings: str) -> None:
+    """Print what measured(experiment, progress) gives for each run as CSV, with some settings."""
+    columns = ["dataset", "alpha", "clients", "seed", *settings]
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow([*columns, "commit of the run", "commit", "machine", "measure", "percent"])
+    for folder in folders:
+        experiment, progress = run.open_run(folder, device="cpu")
+        config = files.read_config(Path(folder))
+        known = [Path(value).stem if isinstance(value, str) else value
+                 for value in map(config.get, columns)]
+        for name, value in measured(experiment, progress):
+            writer.writerow([*known, config["versions"]["commit"], files.commit(), files.machine(),
+                             name, f"{value:.2f}"])
+            sys.stdout.flush()
+
+
 def main(words: list[str]) -> None:
     """Measure runs and print their lines, or draw them."""
     if words[:1] == ["--draw"]:
         return draw(Path(words[1]))
-    writer = csv.DictWriter(sys.stdout, FIELDS, lineterminator="\n")
-    writer.writeheader()
-    for folder in words:
-        experiment, progress = run.open_run(folder, device="cpu")
-        settings = experiment.settings
-        known = {"dataset": Path(settings["dataset"]).stem, "alpha": settings.get("alpha"),
-                 **{name: settings[name] for name in ("clients", "seed")},
-                 "commit of the run": settings["versions"]["commit"], "commit": files.commit(),
-                 "machine": files.machine()}
-        for name, value in measured(experiment, progress.server,
-                                    progress.stage_results.get("generator")):
-            writer.writerow(known | {"measure": name, "percent": f"{value:.2f}"})
-            sys.stdout.flush()
+    write(words, measured)
 
 
 if __name__ == "__main__":

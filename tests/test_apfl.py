@@ -1,6 +1,7 @@
 """AP-FL: functions against loops written out, files of runs against computations by hand."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import generator
 import models
 from federation import Client, LabelledUpdate, Result, Task, Update
 from semantics import load_semantics
+from tests import unseen
 
 RUNS = {
     # Two rounds, each of two of three clients, with all defaults
@@ -427,3 +429,25 @@ def test_a_dropout_client_knows_its_own_classes_best_if_it_trains(method, tmp_pa
     last, trains = go(tmp_path, "--method", method, *DROPOUT)[-1], method != "fedavg"
     assert (last["unseen_accuracy"] > last["seen_accuracy"]) == trains
     assert (last["unseen_accuracy"] > 0) == trains and last["dropout_personal_accuracy"] >= 0
+
+
+def test_the_check_of_unseen_classes_counts_as_by_hand(runs):
+    _, saved, experiment, ending = runs["other"]
+    progress = SimpleNamespace(server=saved["server"], stage_results=saved["stage_results"])
+    found = dict(unseen.measured(experiment, progress))
+    images, labels = experiment.data.x_test, experiment.data.y_test.tolist()
+    for kind in ("friend", "personalised"):
+        net = experiment.network("cnn", ending.models[kind][2]).eval()
+        logits = net(experiment.prepare(images)).tolist()
+        called = [row.index(max(row)) for row in logits]
+        new = [number for number, label in enumerate(labels) if label >= 8]
+        old = [number for number, label in enumerate(labels) if label < 8]
+        for what, hits, of in (
+                ("unseen images that it gets right", [called[n] == labels[n] for n in new], new),
+                ("unseen images called unseen", [called[n] >= 8 for n in new], new),
+                ("seen images called unseen", [called[n] >= 8 for n in old], old),
+                ("right between the 2 unseen labels alone",
+                 [(logits[n][9] > logits[n][8]) == (labels[n] == 9) for n in new], new)):
+            assert found[f"{kind} models: {what}"] == pytest.approx(100 * sum(hits) / len(of))
+    x, y = torch.tensor([0.0, 3, 7, 1, 1])[:, None, None, None], torch.tensor([0, 0, 0, 1, 1])
+    assert unseen.spread(x, y) == pytest.approx(((3 + 4 + 7) / 3 + 0) / 2)

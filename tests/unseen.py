@@ -1,0 +1,73 @@
+"""Knowledge of unseen classes in models of dropout clients (not collected by pytest).
+
+    python -m tests.unseen FOLDER ... > results/unseen.csv
+
+FOLDER: a finished run of AP-FL with --missing-classes and synthetic friend models.  Accuracy on
+unseen classes alone does not tell knowledge from a habit: a model that calls every image unseen has
+it too.  So there are lines for the shares of unseen and of seen test images that are called unseen,
+and for the accuracy between the unseen labels alone.  The last line tells whether the generator has
+collapsed: the distance of two synthetic images of a class, in percent of two training images'.
+"""
+
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import apfl
+import generator
+from federation import Experiment
+from files import Progress
+from models import predict_logits
+from tests.calibration import balanced, write
+
+PER_CLASS = 100  # images per class behind a distance
+
+
+def measured(experiment: Experiment, progress: Progress) -> Iterator[tuple[str, float]]:
+    """Name of a measure, and its outcome in percent, the mean over dropout clients."""
+    settings, images, stages = experiment.settings, experiment.data, progress.stage_results
+    unseen = torch.tensor(experiment.unseen)
+    is_unseen = torch.isin(images.y_test, unseen)
+    truth = (images.y_test[is_unseen][:, None] == unseen).int().argmax(dim=1)
+
+    kinds = apfl.final_models(progress.server, stages, beta=settings["beta"],
+                              beta_on=settings["beta_on"])
+    for kind in ("friend", "personalised"):
+        shares = []
+        for k in experiment.dropouts:
+            net = experiment.network(experiment.clients[k].arch, kinds[kind][k])
+            logits = predict_logits(net, images.x_test, experiment.prepare)
+            called = torch.isin(logits.argmax(dim=1), unseen)
+            between = logits[is_unseen][:, unseen].argmax(dim=1)
+            right = logits[is_unseen].argmax(dim=1) == images.y_test[is_unseen]
+            shares.append([part.double().mean() for part in (
+                right, called[is_unseen], called[~is_unseen], between == truth)])
+        means = 100 * torch.tensor(shares).mean(dim=0)
+        for what, value in zip(("unseen images that it gets right", "unseen images called unseen",
+                                "seen images called unseen",
+                                f"right between the {len(unseen)} unseen labels alone"),
+                               means.tolist()):
+            yield f"{kind} models: {what}", value
+
+    # Distances within a class
+    maker = generator.load_generator(stages["generator"], images.x_train.shape[1],
+                                     settings["noise_dim"])
+    y = torch.arange(len(images.classes)).repeat_interleave(PER_CLASS)
+    synthetic = generator.sample(maker, y, torch.Generator().manual_seed(0))
+    rows = balanced(images.y_train, PER_CLASS)
+    real = experiment.prepare(images.x_train[rows])
+    yield "distance of two images of a class, synthetic in % of real", (
+        100 * spread(synthetic, y) / spread(real, images.y_train[rows]))
+
+
+def spread(x: Tensor, y: Tensor) -> float:
+    """Mean over classes of the distance between two images of a class (root mean square)."""
+    by_class = [generator.diversity_loss(x[y == label][None], distance="rms")
+                for label in y.unique()]
+    return -float(torch.stack(by_class).mean())
+
+
+if __name__ == "__main__":
+    write(sys.argv[1:], measured, "semantics", "lambda")
