@@ -59,7 +59,7 @@ def train_further(server: dict, updates: Mapping[int, Update], network: Callable
                   stream: Stream) -> dict:
     """Train the generator under the new global model's supervision (Eq. 6-9)."""
     ((arch, weights),), (_, alpha) = server["weights"].items(), apfl.teachers_of(server, "global")
-    channels = next(iter(weights.values())).shape[1]  # of the first convolution
+    channels = next(iter(weights.values())).shape[1]  # colours
     net = (load_generator(server["generator"], channels, NOISE_DIM) if "generator" in server else
            initial_generator(server["semantics"], channels, NOISE_DIM, stream(GENERATOR_WEIGHTS)))
     train_generator(net, [network(arch, weights)], alpha, stream(GENERATOR_NOISE),
