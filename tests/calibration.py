@@ -61,7 +61,7 @@ def train(model: nn.Module, state: State, x: Tensor, y: Tensor) -> State:
 
 
 def balanced(labels: Tensor, per_class: int) -> Tensor:
-    """Rows of images of every class, spread over all clients; fewer where a class has fewer."""
+    """Evenly spaced rows of images of every class; fewer where a class has fewer."""
     chosen = []
     for label in labels.unique():
         rows = (labels == label).nonzero().flatten()
@@ -72,6 +72,9 @@ def balanced(labels: Tensor, per_class: int) -> Tensor:
 
 def measured(experiment: Experiment, progress: Progress) -> Iterator[tuple[str, float]]:
     """Name of a measure, and its outcome in percent."""
+    if experiment.dropouts:
+        sys.exit("error: a run with --missing-classes, whose features lack classes of the test set")
+
     # Global model, and its features
     ((arch, weights),) = progress.server["weights"].items()
     net, images, prepare = experiment.network(arch, weights), experiment.data, experiment.prepare
@@ -138,12 +141,13 @@ def draw(path: Path) -> None:
     with open(path, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             if line["measure"].startswith(("global", "last")):
-                panel = panels.setdefault(f"{line['dataset']}, alpha {line['alpha']}", {})
+                panel = panels.setdefault(f"{line['dataset']}, {line['clients']} clients, "
+                                          f"alpha {line['alpha']}", {})
                 panel.setdefault(line["measure"], []).append(float(line["percent"]))
     numbers = {title: {measure: (None, sum(values) / len(values), (max(values) - min(values)) / 2)
                        for measure, values in panel.items()} for title, panel in panels.items()}
     pictures.draw_numbers(path.with_suffix(".png"), numbers, dict.fromkeys(numbers, "accuracy, %"),
-                          "AP-FL's global model, and its last layer trained further (bars: range)")
+                          "AP-FL's global model, and its last layer trained further (bars: half range)")
 
 
 def write(folders: list[str], measured: Callable, *settings: str) -> None:

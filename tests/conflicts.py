@@ -2,67 +2,65 @@
 
     python -m tests.conflicts [FLAG VALUE ...]     not collected by pytest
 
-Two runs with these flags of run.py: Eq. 13 with its constant, and --projection exact, Eq. 12
-at every step.  In the second each tensor of the middle layers has its own b; they are counted.
-Prints CSV.
+Two runs with these flags of run.py: Eq. 13 with its constant, and --projection exact, Eq. 12 at
+every step.  Each tensor of the middle layers has its own b.  They are counted in both runs, in the
+first of them on a copy that takes no step; 50 % is chance.  Prints CSV.
 """
 
-import csv
-import json
+import copy
+import shlex
 import sys
-import tempfile
-from pathlib import Path
+from collections.abc import Iterator
 from unittest.mock import patch
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 
 import fedin
 import files
-import run
+from tests.curves import lines_of, write_csv
 
 
 class Counter:
-    """Counts of steps and tensors, all and those with b < 0."""
+    """Counts of tensors, all and those with b < 0, and of steps whose sum of all b is below 0."""
 
     def __init__(self):
-        self.tensors = self.against = self.steps = self.steps_with = 0
+        self.tensors = self.against = self.steps = self.steps_against = 0
+        self.sum = 0.0
 
     def project(self, inner: Tensor, local: Tensor, project=fedin.project_gradient) -> Tensor:
         """Count one tensor, and project."""
-        self.tensors += 1
-        self.against += bool((inner.double() * local.double()).sum() < 0)
+        b = float((inner.double() * local.double()).sum())
+        self.tensors, self.against = self.tensors + 1, self.against + (b < 0)
+        self.sum += b
         return project(inner, local)
 
-    def step(self, *arguments: object, step=fedin.set_projected_gradients) -> None:
-        """Count one step, and make it."""
-        before = self.against
-        step(*arguments)
-        self.steps += 1
-        self.steps_with += self.against > before
+    def step(self, model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor,
+             features: fedin.Features | None, *others: object, projection: str,
+             step=fedin.fedin_step, **numbers: float) -> Tensor:
+        """Count one step, on a copy of the network, and make it."""
+        if features is not None:
+            self.sum, twin = 0.0, copy.deepcopy(model)
+            with patch.object(fedin, "project_gradient", self.project):
+                step(twin, SGD(twin.parameters(), lr=0.0), x, y, features, *others,
+                     projection="exact", **numbers)
+            self.steps, self.steps_against = self.steps + 1, self.steps_against + (self.sum < 0)
+        return step(model, optimizer, x, y, features, *others, projection=projection, **numbers)
 
 
-def main(flags: list[str]) -> None:
-    """Run both, and print a line for each."""
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["command", "commit", "machine", "projection", "accuracy",
-                     "tensors with b < 0, %", "steps with such a tensor, %"])
-    command = " ".join(["python -m tests.conflicts", *flags])
+def rows(flags: list[str]) -> Iterator[list]:
+    """Lines of the CSV."""
+    command = shlex.join(["python", "-m", "tests.conflicts", *flags])
     for projection in ("simplified", "exact"):
-        with tempfile.TemporaryDirectory() as folder, patch("sys.stdout", sys.stderr):
-            counter = Counter()
-            with (patch.object(fedin, "project_gradient", counter.project),
-                  patch.object(fedin, "set_projected_gradients", counter.step)):
-                status = run.main(["--method", "fedin", *flags, "--projection", projection,
-                                   "--workers", "1", "--out", folder + "/run"])  # for the counts
-            if status != 0:
-                sys.exit(status)
-            result = json.loads(Path(folder, "run", "result.json").read_text())
-        shares = [f"{100 * part / whole:.1f}" if whole else "" for part, whole in (
-            (counter.against, counter.tensors), (counter.steps_with, counter.steps))]
-        writer.writerow([command, files.commit(), files.machine(), projection, result["accuracy"],
-                         *shares])
-        sys.stdout.flush()
+        counter = Counter()
+        with patch.object(fedin, "fedin_step", counter.step):
+            lines = lines_of([*flags, "--method", "fedin", "--projection", projection,
+                              "--workers", "1"])  # for the counts
+        shares = [f"{100 * part / max(1, whole):.1f}" for part, whole in (
+            (counter.against, counter.tensors), (counter.steps_against, counter.steps))]
+        yield [command, files.commit(), files.machine(), projection, lines[-1]["accuracy"], *shares]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    write_csv(["command", "commit", "machine", "projection", "accuracy", "tensors with b < 0, %",
+               "steps with sum of b < 0, %"], rows(sys.argv[1:]))

@@ -3,28 +3,57 @@
     python -m tests.curves FOLDER ... > results/fedin_cut.csv
     python -m tests.curves --draw results/fedin_cut.csv [clock]
 
-The picture has a panel per seed and a line per command, over rounds or over virtual time.
+The picture has a panel per seed and a line per run, over rounds or over virtual time.
 """
 
 import csv
 import json
+import re
 import shlex
 import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import files
 import pictures
 import run
-from settings import RECORDED
+from settings import RECORDED, implied_flags
 
-COLUMNS = ["command", "commit", "machine", "round", "clock", "accuracy", "personal_accuracy",
-           "loss", "samples"]
+COLUMNS = ["round", "clock", "accuracy", "personal_accuracy", "loss", "samples"]
+
+
+def lines_of(words: Sequence[str]) -> list[dict]:
+    """Make a run with these flags in a temporary folder; returns its lines of metrics.jsonl."""
+    with TemporaryDirectory() as folder, patch("sys.stdout", sys.stderr):
+        status = run.main([*words, "--out", folder + "/run"])
+        if status != 0:
+            sys.exit(status)
+        return in_rounds(Path(folder, "run"))
+
+
+def in_rounds(folder: Path) -> list[dict]:
+    """Lines of metrics.jsonl, with the accuracies that the models had in the rounds."""
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line | {name: files.accuracy_in_rounds(line, name)
+                    for name in ("accuracy", "personal_accuracy")} for line in lines]
+
+
+def write_csv(columns: Sequence[str], rows: Iterable[Sequence]) -> None:
+    """Print rows as CSV, each at once."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    for row in (columns, *rows):
+        writer.writerow(row)
+        sys.stdout.flush()
 
 
 def command(settings: dict) -> str:
-    """Shortest command with these settings."""
+    """Command for these settings, without flags that have today's default, device and workers."""
+    skipped = {*RECORDED, *implied_flags(settings), "device", "workers"}
     typed = {name: value for name, value in settings.items()
-             if name not in RECORDED and value is not None and value is not False and value != []}
+             if name not in skipped and value is not None and value is not False and value != []}
     for name in [*typed]:
         fewer = {other: value for other, value in typed.items() if other != name}
         if name != "method" and run.resolve(fewer) == run.resolve(typed):
@@ -32,31 +61,37 @@ def command(settings: dict) -> str:
     return shlex.join(["python", "run.py", *run.command_line(typed)])
 
 
-def write(folders: list[str]) -> None:
+def write(folders: Iterable[str]) -> None:
     """Print a line for each evaluated round of each run."""
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    rows = []
     for folder in map(Path, folders):
         settings = files.read_config(folder)
         known = [command(settings), *map(settings["versions"].get, ("commit", "machine"))]
-        for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
-            writer.writerow(known + [line.get(name) for name in COLUMNS[3:]])
+        rows += [known + [line.get(name) for name in COLUMNS] for line in in_rounds(folder)]
+    write_csv(["command", "commit", "machine", *COLUMNS], rows)
 
 
 def draw(path: Path, over: str = "round") -> None:
-    """Draw a CSV of runs; a line is named by the words that not all of its panel have."""
+    """Draw a CSV of runs; a line is named by its flags that not all runs have."""
     curves: dict[tuple, list] = {}
     with open(path, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
-            words = line["command"].split()
-            seed = words[words.index("--seed") + 1] if "--seed" in words else "0"
-            points = curves.setdefault((f"seed {seed}", line["command"], line["machine"]), [])
+            flags = re.split(" (?=--)", line["command"])
+            panel = next((flag for flag in flags if flag.startswith("--seed ")), "--seed 0")
+            flags = tuple(flag for flag in flags if flag != panel)
+            points = curves.setdefault((panel, flags, line["machine"], line["commit"]), [])
             points.append((float(line[over]), float(line["accuracy"])))
-    common = set.intersection(*(set(name.split()) for _, name, _ in curves))
+
+    # Names; runs with equal flags also show their machine and commit
+    common = set.intersection(*(set(flags) for _, flags, *_ in curves))
+    names = {key: " ".join(flag for flag in key[1] if flag not in common) for key in curves}
+    counts = Counter((key[0], name) for key, name in names.items())
     panels: dict[str, dict] = {}
-    for (panel, name, machine), points in curves.items():
-        own = " ".join(word for word in name.split() if word not in common)
-        panels.setdefault(panel, {})[f"{own} ({machine})"] = (*zip(*points), None)
+    for key, points in curves.items():
+        (panel, _, *origin), name = key, names[key]
+        if counts[panel, name] > 1:
+            name += f" ({', '.join(origin)})"
+        panels.setdefault(panel, {})[name] = (*zip(*points), None)
     pictures.draw_lines(path.with_suffix(".png"), panels, (over, "accuracy, %"), path.stem)
 
 

@@ -1,19 +1,18 @@
-"""AP-FL read otherwise: synthetic images in every round, beside FedAvg (not collected by pytest).
+"""A reading of AP-FL: synthetic images in every round, beside FedAvg (not collected by pytest).
 
-    python -m tests.every_round --semantics FILE [FLAG VALUE ...] > results/every_round.csv
+    python -m tests.every_round [FLAG VALUE ...] > results/every_round.csv
 
-AP-FL's Sec. 2 has synthetic samples "aid in the continuous training of client models".  Here the
-server trains the generator further after every round, and from the second round on each client
-trains on its own images and on as many synthetic ones of every class.  The flags are run.py's.
-Prints CSV: accuracy of the global model in each round, FedAvg's and this reading's.
+AP-FL's synthetic samples "aid in the continuous training of client models even when clients are
+temporarily offline" (Sec. 2).  In this reading the server trains the generator further after every
+round, and from round 2 on each client trains on its own images and on PER_CLASS synthetic ones of
+every class, and so makes more steps than FedAvg's.  Sec. 3.2 itself mixes no real images with
+synthetic ones.  The flags are run.py's for AP-FL.  Prints CSV: accuracy of the global model after
+each round, FedAvg's and this reading's; there are no friend models.
 """
 
-import csv
-import json
+import shlex
 import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable, Iterator, Mapping
 from unittest.mock import patch
 
 import torch
@@ -23,14 +22,16 @@ from torch.optim import Optimizer
 import apfl
 import files
 import run
-from baselines import fedavg_client_update, with_class_counts
+from baselines import SYNCHRONOUS, fedavg_client_update, with_class_counts
 from data import GENERATOR_NOISE, GENERATOR_WEIGHTS, SYNTHETIC, ClientData, Stream
 from federation import Client, Result, Update
 from generator import NOISE_DIM, initial_generator, load_generator, sample, train_generator
 from models import State, copy_state
+from tests.curves import lines_of, write_csv
 
 STEPS, BATCH = 30, 10  # the generator's steps per round, and samples per class in a step
-PER_CLASS = 100  # synthetic images of each class that a client trains on
+PER_CLASS = 100
+NAME = "synthetic in every round"
 
 
 def download(server: dict, client: Client, stream: Stream) -> tuple[State, State]:
@@ -57,41 +58,39 @@ def client_update(model: nn.Module, optimizer: Optimizer, received: tuple[State,
 
 def train_further(server: dict, updates: Mapping[int, Update], network: Callable,
                   stream: Stream) -> dict:
-    """Train the generator under the new global model's supervision (Eq. 6-9)."""
+    """Train the generator, with a new optimiser, under the new global model (Eq. 6-9)."""
     ((arch, weights),), (_, alpha) = server["weights"].items(), apfl.teachers_of(server, "global")
     channels = next(iter(weights.values())).shape[1]  # colours
-    net = (load_generator(server["generator"], channels, NOISE_DIM) if "generator" in server else
-           initial_generator(server["semantics"], channels, NOISE_DIM, stream(GENERATOR_WEIGHTS)))
+    if "generator" in server:
+        net = load_generator(server["generator"], channels, NOISE_DIM)
+    else:
+        net = initial_generator(server["semantics"].cpu(), channels, NOISE_DIM,
+                                stream(GENERATOR_WEIGHTS)).to(alpha.device)
     train_generator(net, [network(arch, weights)], alpha, stream(GENERATOR_NOISE),
                     generator_steps=STEPS, generator_batch=BATCH)
     return {**server, "generator": copy_state(net)}
 
 
-def main(flags: list[str]) -> None:
-    """Run both, and print a line for each round of each."""
-    apfls = run.METHODS["apfl"]
-    row = apfls._replace(download=download, client_update=client_update, distil=train_further,
-                         finish=None, averages=run.METHODS["fedprox"].averages,
-                         defaults={name: apfls.defaults[name] for name in (
-                             "aggregation", "setting", "semantics", "word_vectors")})
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["command", "commit", "machine", "method", "round", "accuracy"])
-    command = " ".join(["python -m tests.every_round", *flags])
-    at = flags.index("--semantics")
-    for method, words in (("fedavg", [*flags[:at], *flags[at + 2:]]),
-                          ("synthetic in every round", flags)):
-        with (TemporaryDirectory() as folder, patch("sys.stdout", sys.stderr),
-              patch.dict(run.METHODS, {"synthetic in every round": row})):
-            status = run.main(["--method", method, "--setting", "apfl", *words,
-                               "--out", folder + "/run"])
-            if status != 0:
-                sys.exit(status)
-            lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
-        for line in map(json.loads, lines):
-            writer.writerow([command, files.commit(), files.machine(), method, line["round"],
-                             line["accuracy"]])
-        sys.stdout.flush()
+def rows(flags: list[str]) -> Iterator[list]:
+    """Lines of the CSV."""
+    if "--augment" in flags:
+        sys.exit("error: --augment is not for this check, whose images are prepared once")
+    apfls, typed = run.METHODS["apfl"], run.read_command_line(flags)
+    of_both = {name: value for name, value in typed.items()
+               if name not in ("semantics", "word_vectors")}
+    row = apfls._replace(
+        download=download, client_update=client_update, distil=train_further, finish=None,
+        averages=SYNCHRONOUS, defaults={name: apfls.defaults[name] for name in (
+            "aggregation", "setting", "semantics", "word_vectors")})
+    command = shlex.join(["python", "-m", "tests.every_round", *flags])
+    for method, settings in (("fedavg", of_both), (NAME, typed)):
+        words = run.command_line(settings | {"method": method, "setting": "apfl"})
+        with patch.dict(run.METHODS, {NAME: row}):
+            for line in lines_of(words):
+                yield [command, files.commit(), files.machine(), method, STEPS, PER_CLASS,
+                       line["round"], line["accuracy"]]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    write_csv(["command", "commit", "machine", "method", "generator's steps per round",
+               "synthetic images per class", "round", "accuracy"], rows(sys.argv[1:]))

@@ -5,12 +5,14 @@
 FOLDER: a finished run of AP-FL with --missing-classes and synthetic friend models.  Accuracy on
 unseen classes alone does not tell knowledge from a habit: a model that calls every image unseen has
 it too.  So there are lines for the shares of unseen and of seen test images that are called unseen,
-and for the accuracy between the unseen labels alone.  The last line tells whether the generator has
-collapsed: the distance of two synthetic images of a class, in percent of two training images'.
+and for the accuracy between the unseen labels alone.  Friend models have no other source than the
+generator.  Personalised models have a share of the client's own, which learnt from real images of
+these classes.  The last lines tell whether the generator has collapsed: the distance of two
+synthetic images of a class, in percent of two training images'.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -47,8 +49,8 @@ def measured(experiment: Experiment, progress: Progress) -> Iterator[tuple[str, 
         means = 100 * torch.tensor(shares).mean(dim=0)
         for what, value in zip(("unseen images that it gets right", "unseen images called unseen",
                                 "seen images called unseen",
-                                f"right between the {len(unseen)} unseen labels alone"),
-                               means.tolist()):
+                                "right between the unseen labels alone, by chance "
+                                f"{100 / len(unseen):.0f}"), means.tolist()):
             yield f"{kind} models: {what}", value
 
     # Distances within a class
@@ -58,16 +60,16 @@ def measured(experiment: Experiment, progress: Progress) -> Iterator[tuple[str, 
     synthetic = generator.sample(maker, y, torch.Generator().manual_seed(0))
     rows = balanced(images.y_train, PER_CLASS)
     real = experiment.prepare(images.x_train[rows])
-    yield "distance of two images of a class, synthetic in % of real", (
-        100 * spread(synthetic, y) / spread(real, images.y_train[rows]))
+    for kind, classes in (("a seen", experiment.seen), ("an unseen", experiment.unseen)):
+        yield f"distance of two images of {kind} class, synthetic in % of real", (
+            100 * spread(synthetic, y, classes) / spread(real, images.y_train[rows], classes))
 
 
-def spread(x: Tensor, y: Tensor) -> float:
+def spread(x: Tensor, y: Tensor, classes: Sequence[int]) -> float:
     """Mean over classes of the distance between two images of a class (root mean square)."""
-    by_class = [generator.diversity_loss(x[y == label][None], distance="rms")
-                for label in y.unique()]
+    by_class = [generator.diversity_loss(x[y == label][None], distance="rms") for label in classes]
     return -float(torch.stack(by_class).mean())
 
 
 if __name__ == "__main__":
-    write(sys.argv[1:], measured, "semantics", "lambda")
+    write(sys.argv[1:], measured, "missing_classes", "semantics", "lambda", "distance")
