@@ -1,11 +1,11 @@
 """CCVR: the last layer calibrated on virtual features.  Neither FedIN nor AP-FL has it.
 
 Luo et al., No Fear of Heterogeneity: Classifier Calibration for Federated Learning with Non-IID
-Data, arxiv.org/abs/2106.05001.  After FedAvg's last round every client but dropouts sends mean and covariance
-of the features of each of its classes, which are the inputs of the global model's last layer.  The
-server pools them, draws features of every class, and trains the last layer on these.  AP-FL can
-take the outcome for its friend model (--friend calibrated), in place of a model trained on a
-generator's images.  Number of drawn features, epochs and optimiser are our choice.
+Data, arxiv.org/abs/2106.05001.  After FedAvg's last round every client but dropouts sends mean and
+covariance of the features of each of its classes, which are the inputs of the global model's last
+layer.  The server pools them, draws features of every class, and trains the last layer on these.
+AP-FL can take the outcome for its friend model (--friend calibrated), in place of a model trained
+on a generator's images.  Number of drawn features, epochs and optimiser are our choice.
 
 A mean and a covariance tell much of few images: of one image they are its features themselves, from
 which an attacker may reconstruct it (analysis.reconstruct).

@@ -147,7 +147,7 @@ def draw(path: Path) -> None:
     numbers = {title: {measure: (None, sum(values) / len(values), (max(values) - min(values)) / 2)
                        for measure, values in panel.items()} for title, panel in panels.items()}
     pictures.draw_numbers(path.with_suffix(".png"), numbers, dict.fromkeys(numbers, "accuracy, %"),
-                          "AP-FL's global model, and its last layer trained further (bars: half range)")
+                          "AP-FL's global model, its last layer trained further (bars: half range)")
 
 
 def write(folders: list[str], measured: Callable, *settings: str) -> None:
