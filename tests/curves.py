@@ -3,7 +3,8 @@
     python -m tests.curves FOLDER ... > results/fedin_cut.csv
     python -m tests.curves --draw results/fedin_cut.csv [clock]
 
-The picture has a panel per seed and a line per run, over rounds or over virtual time.
+The picture has a panel per seed and a line per run, over rounds or over virtual time.  Runs with
+equal flags, of other machines or code, are numbered in the order of the file.
 """
 
 import csv
@@ -11,7 +12,6 @@ import json
 import re
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -82,16 +82,13 @@ def draw(path: Path, over: str = "round") -> None:
             points = curves.setdefault((panel, flags, line["machine"], line["commit"]), [])
             points.append((float(line[over]), float(line["accuracy"])))
 
-    # Names; runs with equal flags also show their machine and commit
-    common = set.intersection(*(set(flags) for _, flags, *_ in curves))
-    names = {key: " ".join(flag for flag in key[1] if flag not in common) for key in curves}
-    counts = Counter((key[0], name) for key, name in names.items())
-    panels: dict[str, dict] = {}
-    for key, points in curves.items():
-        (panel, _, *origin), name = key, names[key]
-        if counts[panel, name] > 1:
-            name += f" ({', '.join(origin)})"
-        panels.setdefault(panel, {})[name] = (*zip(*points), None)
+    # Names; runs with equal flags get a number
+    common, panels = set.intersection(*(set(flags) for _, flags, *_ in curves)), {}
+    for (panel, flags, *_), points in curves.items():
+        lines = panels.setdefault(panel.strip("-"), {})
+        name = ", ".join(flag.strip("-") for flag in flags if flag not in common)
+        number = sum(other.split(" #")[0] == name for other in lines) + 1
+        lines[name + f" #{number}" * (number > 1)] = (*zip(*points), None)
     pictures.draw_lines(path.with_suffix(".png"), panels, (over, "accuracy, %"), path.stem)
 
 
