@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -56,8 +57,9 @@ def command(settings: dict) -> str:
              if name not in skipped and value is not None and value is not False and value != []}
     for name in [*typed]:
         fewer = {other: value for other, value in typed.items() if other != name}
-        if name != "method" and run.resolve(fewer) == run.resolve(typed):
-            typed = fewer
+        with suppress(ValueError):  # others need this flag
+            if name != "method" and run.resolve(fewer) == run.resolve(typed):
+                typed = fewer
     return shlex.join(["python", "run.py", *run.command_line(typed)])
 
 
