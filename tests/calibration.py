@@ -141,7 +141,7 @@ def draw(path: Path) -> None:
     with open(path, newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             if line["measure"].startswith(("global", "last")):
-                panel = panels.setdefault(f"{line['dataset']}, {line['clients']} clients, "
+                panel = panels.setdefault(f"{line['dataset']}, {line['clients']} clients\n"
                                           f"alpha {line['alpha']}", {})
                 panel.setdefault(line["measure"], []).append(float(line["percent"]))
     numbers = {title: {measure: (None, sum(values) / len(values), (max(values) - min(values)) / 2)
