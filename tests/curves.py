@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -45,7 +46,7 @@ def in_rounds(folder: Path) -> list[dict]:
 def write_csv(columns: Sequence[str], rows: Iterable[Sequence]) -> None:
     """Print rows as CSV, each at once."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    for row in (columns, *rows):
+    for row in chain([columns], rows):
         writer.writerow(row)
         sys.stdout.flush()
 
