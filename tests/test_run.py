@@ -6,6 +6,7 @@ import json
 import pickle
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ import ranks
 import run
 import widths
 from settings import command_line, implied_flags, typed_as
+from tests import curves
 
 TWO_ROUNDS = ["--rounds", "2", "--eval-every", "2"]
 
@@ -150,6 +152,19 @@ DEFAULTS = [  # flags as typed, and others as the run has them
 def test_defaults_are_the_papers(typed, expected):
     typed, expected = (run.read_command_line(flags.split()) for flags in (typed, expected))
     assert expected.items() <= run.resolve(typed).items()
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--method fedavg --dataset mine.npz --rounds 110 --workers 1", 8),
+    ("--method fedin --ablate in --seed 3 --lr 0.002", 10),
+    ("--method apfl --missing-classes 0.2 --semantics onehot --lambda 1", 10),
+    ("--method fedavg --setting apfl --aggregation async --clients 20 --mixing 0.5", 12)])
+def test_a_command_from_settings_gives_them_again(flags, words):
+    settings = run.resolve(run.read_command_line(flags.split()))
+    typed = shlex.split(curves.command(settings | {"input": {}, "versions": {}}))
+    assert typed[:2] == ["python", "run.py"] and len(typed) == words
+    again = run.resolve(run.read_command_line(typed[2:]))
+    assert again | {"workers": settings["workers"]} == settings
 
 
 @pytest.mark.parametrize("cores, workers", [(64, 5), (2, 2)])
