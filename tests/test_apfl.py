@@ -449,5 +449,10 @@ def test_the_check_of_unseen_classes_counts_as_by_hand(runs):
                 ("right between the unseen labels alone, by chance 50",
                  [(logits[n][9] > logits[n][8]) == (labels[n] == 9) for n in new], new)):
             assert found[f"{kind} models: {what}"] == pytest.approx(100 * sum(hits) / len(of))
+    # Labels 0, 1, 3, 4, 4, of which 3 and 4 are unseen; predictions 3, 1, 4, 0, 4
+    logits = torch.tensor([[0, 1, 0, 9, 2], [0, 9, 0, 1, 2], [0, 0, 0, 1, 9], [9, 0, 0, 1, 2],
+                           [0, 0, 0, 1, 9]]).float()
+    four = unseen.shares(logits, torch.tensor([0, 1, 3, 4, 4]), torch.tensor([3, 4]))
+    assert four.tolist() == pytest.approx([1 / 3, 2 / 3, 1 / 2, 2 / 3])
     x, y = torch.tensor([0.0, 3, 7, 1, 1])[:, None, None, None], torch.tensor([0, 0, 0, 1, 1])
     assert unseen.spread(x, y, [0, 1]) == pytest.approx(((3 + 4 + 7) / 3 + 0) / 2)

@@ -31,22 +31,14 @@ def measured(experiment: Experiment, progress: Progress) -> Iterator[tuple[str, 
     """Name of a measure, and its outcome in percent, the mean over dropout clients."""
     settings, images, stages = experiment.settings, experiment.data, progress.stage_results
     unseen = torch.tensor(experiment.unseen)
-    is_unseen = torch.isin(images.y_test, unseen)
-    truth = (images.y_test[is_unseen][:, None] == unseen).int().argmax(dim=1)
-
     kinds = apfl.final_models(progress.server, stages, beta=settings["beta"],
                               beta_on=settings["beta_on"])
     for kind in ("friend", "personalised"):
-        shares = []
-        for k in experiment.dropouts:
-            net = experiment.network(experiment.clients[k].arch, kinds[kind][k])
-            logits = predict_logits(net, images.x_test, experiment.prepare)
-            called = torch.isin(logits.argmax(dim=1), unseen)
-            between = logits[is_unseen][:, unseen].argmax(dim=1)
-            right = logits[is_unseen].argmax(dim=1) == images.y_test[is_unseen]
-            shares.append([part.double().mean() for part in (
-                right, called[is_unseen], called[~is_unseen], between == truth)])
-        means = 100 * torch.tensor(shares).mean(dim=0)
+        nets = (experiment.network(experiment.clients[k].arch, kinds[kind][k])
+                for k in experiment.dropouts)
+        means = 100 * torch.stack([shares(predict_logits(
+            net, images.x_test, experiment.prepare), images.y_test, unseen)
+            for net in nets]).mean(dim=0)
         for what, value in zip(("unseen images that it gets right", "unseen images called unseen",
                                 "seen images called unseen",
                                 "right between the unseen labels alone, by chance "
@@ -63,6 +55,20 @@ def measured(experiment: Experiment, progress: Progress) -> Iterator[tuple[str, 
     for kind, classes in (("a seen", experiment.seen), ("an unseen", experiment.unseen)):
         yield f"distance of two images of {kind} class, synthetic in % of real", (
             100 * spread(synthetic, y, classes) / spread(real, images.y_train[rows], classes))
+
+
+def shares(logits: Tensor, labels: Tensor, unseen: Tensor) -> Tensor:
+    """Four shares (4,) from logits (N, C) of images with labels (N,), for unseen classes (U,).
+
+    Of unseen images those predicted rightly and those called unseen; of seen images those called
+    unseen; and of unseen images those right if only the logits of unseen classes count.
+    """
+    is_unseen, predicted = torch.isin(labels, unseen), logits.argmax(dim=1)
+    called = torch.isin(predicted, unseen)
+    between = unseen[logits[:, unseen].argmax(dim=1)]
+    return torch.stack([part.double().mean() for part in (
+        (predicted == labels)[is_unseen], called[is_unseen], called[~is_unseen],
+        (between == labels)[is_unseen])])
 
 
 def spread(x: Tensor, y: Tensor, classes: Sequence[int]) -> float:
