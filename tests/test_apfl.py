@@ -20,7 +20,7 @@ import generator
 import models
 from federation import Client, LabelledUpdate, Result, Task, Update
 from semantics import load_semantics
-from tests import unseen
+from tests import every_round, unseen
 
 RUNS = {
     # Two rounds, each of two of three clients, with all defaults
@@ -456,3 +456,28 @@ def test_the_check_of_unseen_classes_counts_as_by_hand(runs):
     assert four.tolist() == pytest.approx([1 / 3, 2 / 3, 1 / 2, 2 / 3])
     x, y = torch.tensor([0.0, 3, 7, 1, 1])[:, None, None, None], torch.tensor([0, 0, 0, 1, 1])
     assert unseen.spread(x, y, [0, 1]) == pytest.approx(((3 + 4 + 7) / 3 + 0) / 2)
+
+
+def test_clients_train_on_synthetic_images_or_their_own_again_from_round_two_on(monkeypatch):
+    monkeypatch.setattr(every_round, "PER_CLASS", 4)
+    net = generator.initial_generator(torch.eye(3), 1, generator.NOISE_DIM, stream(1))
+    memory, images = models.copy_state(net), tiny_data()
+    x, y = images.batch(images.indices)
+    made, labels = every_round.synthetic(x, y, memory, stream)
+    assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert torch.equal(made, generator.sample(net, labels, stream(data.SYNTHETIC)))
+    drawn, labels = every_round.own_again(x, y, memory, stream)
+    assert len(drawn) == len(labels) == 12
+    assert all(((x == image).flatten(1).all(1) & (y == label)).any()
+               for image, label in zip(drawn, labels))
+
+    # In round 1 the update is FedAvg's; later it is FedAvg's on both kinds of images.
+    update = partial(every_round.client_update, more=every_round.own_again)
+    both = data.ClientData(torch.cat([x, drawn]), torch.cat([y, labels]), torch.arange(32),
+                           lambda part: part)
+    for received, expected in (({}, images), (memory, both)):
+        result = update(*sgd(), (weights(), received), images, stream, **EPOCHS)
+        fedavg = baselines.fedavg_client_update(*sgd(), weights(), expected, stream, **EPOCHS)
+        assert same(result.update.weights, fedavg.update.weights)
+        assert result.samples == fedavg.samples and result.update.num_samples == 20
+        assert torch.equal(result.update.class_counts, y.bincount(minlength=3))
