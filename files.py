@@ -154,7 +154,8 @@ def machine() -> str:
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{(names or ['unknown processor'])[0]}, {ranks.num_cores()} cores{gpu}"
+    cores = ranks.num_cores()
+    return f"{(names or ['unknown processor'])[0]}, {cores} core{'s' * (cores > 1)}{gpu}"
 
 
 def has_run(out: Path) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import analysis
 import ccvr
 import data
 import files
@@ -144,10 +145,10 @@ def draw(path: Path) -> None:
                 panel = panels.setdefault(f"{line['dataset']}, {line['clients']} clients\n"
                                           f"alpha {line['alpha']}", {})
                 panel.setdefault(line["measure"], []).append(float(line["percent"]))
-    numbers = {title: {measure: (None, sum(values) / len(values), (max(values) - min(values)) / 2)
+    numbers = {title: {measure: (None, *analysis.mean_and_spread(values))
                        for measure, values in panel.items()} for title, panel in panels.items()}
     pictures.draw_numbers(path.with_suffix(".png"), numbers, dict.fromkeys(numbers, "accuracy, %"),
-                          "AP-FL's global model, its last layer trained further (bars: half range)")
+                          "Global model, its last layer trained further (bars: standard deviation)")
 
 
 def write(folders: list[str], measured: Callable, *settings: str) -> None:
