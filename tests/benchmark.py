@@ -193,6 +193,18 @@ def rounds(folder: Path) -> None:
             *compare(one_round(2, 1), one_round(1, threads), repeats=2))
 
 
+def projections(folder: Path) -> None:
+    """A round of FedIN by Eq. 13, and by Eq. 12 at every step, in CPU seconds."""
+    images, rounds = save_images(folder, 1000), []
+    for projection in ("simplified", "exact"):
+        experiment, server = experiment_on(images, projection=projection, partition="iid", workers=1,
+                                           clients=5, participation=1.0, local_epochs=1)
+        server, _, _ = run.train_round(experiment, 1, server, {})  # features travel from round 2 on
+        rounds.append(partial(run.train_round, experiment, 2, server, {}))
+    row("FedIN, Eq. 13; --projection exact: CPU s per round",
+        *compare(*rounds, repeats=4, clock=time.process_time))
+
+
 def seconds_of_last_round(out: Path) -> float:
     """Time of the last round in metrics.jsonl."""
     return json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
@@ -311,7 +323,8 @@ def rounds_on_gpu(title: str, images: Path, **typed) -> None:
 
 
 PARTS = {"starting": starting, "update": update, "round": rounds, "ranks": process_counts,
-         "clients": client_counts, "methods": costs_of_methods, "gpu": on_gpu}
+         "projection": projections, "clients": client_counts, "methods": costs_of_methods,
+         "gpu": on_gpu}
 HEADS = {"methods": "method, networks | s per round | peak of the process, MB | MB sent per client "
                     "and round"}  # others: measured | first | second | ratio
 
