@@ -197,8 +197,8 @@ def projections(folder: Path) -> None:
     """A round of FedIN by Eq. 13, and by Eq. 12 at every step, in CPU seconds."""
     images, rounds = save_images(folder, 1000), []
     for projection in ("simplified", "exact"):
-        experiment, server = experiment_on(images, projection=projection, partition="iid", workers=1,
-                                           clients=5, participation=1.0, local_epochs=1)
+        experiment, server = experiment_on(images, projection=projection, partition="iid",
+                                           clients=5, participation=1.0, local_epochs=1, workers=1)
         server, _, _ = run.train_round(experiment, 1, server, {})  # features travel from round 2 on
         rounds.append(partial(run.train_round, experiment, 2, server, {}))
     row("FedIN, Eq. 13; --projection exact: CPU s per round",
